@@ -1,0 +1,101 @@
+"""Losses: pure functions. Distances give one value a row, the mean over the row's elements."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Reduce = Callable[[Tensor], Tensor]
+_reduce: list[Reduce] = []
+
+
+def squared_error(guess: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of each row: [batch]."""
+    return (guess - target).square().flatten(1).mean(1)
+
+
+def absolute_error(guess: Tensor, target: Tensor) -> Tensor:
+    """Mean absolute error of each row: [batch]."""
+    return (guess - target).abs().flatten(1).mean(1)
+
+
+def pseudo_huber(guess: Tensor, target: Tensor, c: float) -> Tensor:
+    """``sqrt(||guess - target||^2 + c^2) - c`` of each row, the norm over the whole row: [batch].
+
+    iCT's distance (Song & Dhariwal 2023, eq. 7), there with ``c = 0.00054 sqrt(D)``. Not divided by the
+    number of elements: its gradient has at most unit length.
+    """
+    return torch.sqrt((guess - target).square().flatten(1).sum(1) + c**2) - c
+
+
+def distance(name: str, guess: Tensor, target: Tensor, c: float = 0.0) -> Tensor:
+    """One of ``l2``, ``l1``, ``huber`` (pseudo-Huber of the whole row; c = 0 there is the norm)."""
+    match name:
+        case "l2":
+            return squared_error(guess, target)
+        case "l1":
+            return absolute_error(guess, target)
+        case "huber":
+            return pseudo_huber(guess, target, c)
+    raise ValueError(f"unknown distance {name!r}: one of l2, l1, huber")
+
+
+def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """``softplus(-real) + softplus(fake)`` over logits [batch, ...], a mean a row.
+
+    Its optimum over functions is ``logit = log p_real - log p_fake``, its value there 2 log 2 - 2 JS.
+    """
+    return F.softplus(-real).flatten(1).mean(1) + F.softplus(fake).flatten(1).mean(1)
+
+
+def generator_loss(fake: Tensor) -> Tensor:
+    """Non-saturating: ``softplus(-fake)``, a mean a row (Goodfellow et al. 2014)."""
+    return F.softplus(-fake).flatten(1).mean(1)
+
+
+def r1_penalty(logits: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``||d sum(logits) / dx||^2`` of each row, at real samples (Mescheder et al. 2018): [batch].
+
+    The derivative is exact and itself differentiable. ``logits`` gives [batch, ...] for x; its mean over
+    everything but the batch is the discriminator's value.
+    """
+    x = x.detach().requires_grad_(True)
+    with torch.enable_grad():
+        value = logits(x).flatten(1).mean(1)
+        (slope,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+    return slope.square().flatten(1).sum(1)
+
+
+def r1_by_difference(real: Tensor, moved: Tensor, step: float) -> Tensor:
+    """R1 without a second derivative: ``(D(x + step n) - D(x))^2 / step^2`` of each row, n ~ N(0, I).
+
+    Its mean over n is ``||dD/dx||^2`` to first order in the step.
+    """
+    return (moved.flatten(1).mean(1) - real.flatten(1).mean(1)).square() / step**2
+
+
+def stopped_pull(x: Tensor, direction: Tensor) -> Tensor:
+    """A loss whose gradient in x is ``direction / numel`` of each row: ``<direction, x>``, stopped."""
+    return (direction.detach() * x).flatten(1).mean(1)
+
+
+def batch_mean(value: Tensor) -> Tensor:
+    """The mean over the whole batch, over all processes: the only way to a batch statistic."""
+    mean = value.mean()
+    return _reduce[-1](mean) if _reduce else mean
+
+
+def set_reduction(reduce: Reduce | None) -> None:
+    """Give ``batch_mean`` the mean over processes; None takes it away. For the trainer."""
+    _reduce.clear()
+    if reduce is not None:
+        _reduce.append(reduce)
+
+
+def ict_c(dimension: int) -> float:
+    """iCT's Huber constant, ``0.00054 sqrt(D)``."""
+    return 0.00054 * math.sqrt(dimension)

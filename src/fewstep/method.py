@@ -1,0 +1,116 @@
+"""What a method is: players that take turns, each with a loss."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .cond import Cond, move, rows
+from .part import Part
+from .rng import Source
+from .student import Student
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Clean data, its condition, and noise ~ N(0, I); ``target`` is where a teacher took that noise.
+
+    ``data`` is [batch, *shape]. With pairs, ``cond`` belongs to ``noise`` and ``target``.
+    """
+
+    data: Tensor
+    cond: Cond
+    noise: Tensor
+    target: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.noise.shape[0]
+
+    def rows(self, index: Tensor | slice) -> Batch:
+        target = None if self.target is None else self.target[index]
+        return Batch(self.data[index], rows(self.cond, index), self.noise[index], target)
+
+    def to(self, device: torch.device | str) -> Batch:
+        target = None if self.target is None else self.target.to(device)
+        return replace(
+            self, data=self.data.to(device), cond=move(self.cond, device), noise=self.noise.to(device), target=target
+        )
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A total to descend and its named parts, means over rows; parts are detached, for the log."""
+
+    total: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def mean(cls, parts: Mapping[str, Tensor], weights: Mapping[str, float] | None = None) -> Loss:
+        """The weighted sum of the means of per-row losses; a part without a weight counts once.
+
+        >>> Loss.mean({"a": torch.ones(2), "b": torch.ones(2)}, {"b": 3.0}).total.item()
+        4.0
+        """
+        means = {name: value.mean() for name, value in parts.items()}
+        weighted = [(weights or {}).get(name, 1.0) * value for name, value in means.items()]
+        return cls(torch.stack([w for w in weighted]).sum(), {n: v.detach() for n, v in means.items()})
+
+
+class PairOptions(Part):
+    """Noise-image pairs: where the teacher's sampler takes each noise. Cached to disk by the trainer."""
+
+    count: int = 12_000
+    solver: str = "dpm2m"
+    nfe: int = 8
+    grid: str = "karras"
+
+
+class Method(nn.Module, ABC):
+    """A way to train a student. One file per paper; engines that several papers configure in families/.
+
+    ``players`` are attribute names of the modules that learn, one optimiser each. Inside a loss enter
+    networks by calling them, never through their parts: sharding works by hooks on the call.
+    """
+
+    name: ClassVar[str]
+    Options: ClassVar[type[Part]]
+    players: ClassVar[tuple[str, ...]] = ("student",)
+    needs_teacher: ClassVar[bool] = True
+    needs_data: ClassVar[bool] = True
+
+    student: Student
+
+    def __init__(self, teacher: Any, student: Student, options: Part | None = None) -> None:
+        super().__init__()
+        self.options: Any = options if options is not None else self.Options()
+        self.student = student
+        if teacher is not None:
+            teacher.eval().requires_grad_(False)
+        self.teacher = teacher
+
+    @abstractmethod
+    def loss(self, player: str, batch: Batch, rng: Source) -> Loss:
+        """The loss that this player descends on this batch; a mean over elements."""
+
+    def turns(self, step: int) -> tuple[str, ...]:
+        """Who moves in this step, in order; the student exactly once."""
+        return self.players
+
+    def settle(self, step: int) -> tuple[nn.Parameter, ...]:
+        """After a step: averages, curricula. Returns parameters it re-initialised; the trainer forgets
+        their optimiser and average state."""
+        return ()
+
+    def pairs(self) -> PairOptions | None:
+        """The pairs that this method regresses on, if any."""
+        return None
+
+    @classmethod
+    def student_options(cls, options: Any, path: Any) -> dict[str, Any]:
+        """Where this method's student starts and which step counts it serves: arguments of Student."""
+        return {}

@@ -1,0 +1,1 @@
+"""Tasks: data, condition and rendering."""

@@ -1,0 +1,105 @@
+"""What a task is: data, its condition, and how a person looks at it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..cond import Cond, rows
+from ..method import Batch
+from ..part import Part
+from ..rng import Rng, mix
+
+
+@dataclass(frozen=True)
+class Split:
+    """Clean samples [count, *shape] in the network's range, with their conditions."""
+
+    data: Tensor
+    cond: Cond
+
+    def __len__(self) -> int:
+        return self.data.shape[0]
+
+    def rows(self, index: Tensor | slice) -> Split:
+        return Split(self.data[index], rows(self.cond, index))
+
+
+class Task(ABC):
+    """Data, condition and rendering.
+
+    Attributes
+    ----------
+    shape: of one sample. ``classes``: how many labels a condition has, None where it is not a label.
+    data_std: one number for the spread of the training data, for preconditioning.
+    value_range: the range that samples are held to before they are measured or drawn; None for no limit.
+    law: the task's distribution in closed form, where there is one.
+    """
+
+    name: ClassVar[str]
+    Options: ClassVar[type[Part]] = Part
+    shape: tuple[int, ...]
+    classes: int | None = None
+    data_std: float = 1.0
+    value_range: tuple[float, float] | None = None
+    law: Any = None
+
+    @property
+    @abstractmethod
+    def train(self) -> Split:
+        """The samples to learn from."""
+
+    @property
+    @abstractmethod
+    def test(self) -> Split:
+        """Held-out samples: the reference that students are measured against. Nothing learns from them."""
+
+    def null(self, cond: Cond) -> Cond:
+        """"No condition" for every row of a condition: the label one past the last."""
+        if isinstance(cond, Tensor) and self.classes is not None:
+            return torch.full_like(cond, self.classes)
+        return cond
+
+    def finish(self, x: Tensor) -> Tensor:
+        """Samples as they are delivered: held to the value range."""
+        return x if self.value_range is None else x.clamp(*self.value_range)
+
+    def pictures(self, x: Tensor) -> Tensor | None:
+        """Samples as images, uint8 [count, height, width, 1 or 3]; None where a sample is no image.
+
+        Maps the value range to 0..255.
+        """
+        if len(self.shape) != 3 or self.shape[0] not in (1, 3) or self.value_range is None:
+            return None
+        low, high = self.value_range
+        scaled = (self.finish(x.float()) - low) / (high - low) * 255
+        return scaled.round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+
+    def augment(self, data: Tensor, rng: Rng) -> Tensor:
+        """A random variation of training samples that keeps their law; none by default."""
+        return data
+
+    def batch(self, size: int, seed: int, step: int, turn: int = 0) -> Batch:
+        """The training batch of a turn: a pure function of (seed, step, turn), epochs without replacement."""
+        index = epoch_rows(len(self.train), size, mix(seed, "rows", turn), step)
+        part = self.train.rows(index)
+        rng = Rng(seed, "batch", step, turn)
+        data = self.augment(part.data, rng)
+        return Batch(data, part.cond, rng.normal(tuple(data.shape), data.dtype))
+
+
+def epoch_rows(total: int, size: int, seed: int, step: int) -> Tensor:
+    """Row numbers of the step-th batch of an endless shuffled pass: each epoch has its own order."""
+    start = step * size
+    picked = []
+    while size > 0:
+        epoch, offset = divmod(start, total)
+        order = torch.randperm(total, generator=torch.Generator().manual_seed(mix(seed, epoch)))
+        part = order[offset : offset + size]
+        picked.append(part)
+        start, size = start + len(part), size - len(part)
+    return torch.cat(picked)
