@@ -115,7 +115,8 @@ class Wrapped(Denoiser):
         clock = clock_of(self.clock, self.path, times)
         if s is None or not getattr(self.net, "reads_s", False):
             return self.net(entry, clock, cond)
-        return self.net(entry, clock, cond, times - rows_of(s, x))
+        span = self.path.straight(times) - self.path.straight(rows_of(s, x))
+        return self.net(entry, clock, cond, span.to(times))
 
     def _read(self, value: Tensor, x: Tensor, t: Time, want: str) -> Tensor:
         if self.prediction not in ("edm", "cm"):

@@ -176,6 +176,11 @@ class Path(Part, ABC):
         """The inverse of ``lam``, held inside [t_min, t_max]."""
         return self._time(as_tensor(lam)).clamp(self.t_min, self.t_max)
 
+    def straight(self, t: Time) -> Tensor:
+        """``sigma / (alpha + sigma)``: the time on the straight path with the same signal-to-noise ratio, in [0, 1]."""
+        alpha, sigma, _, _ = self.coefs(t)
+        return sigma / (alpha + sigma)
+
     def frame(self, t: Time) -> tuple[Tensor, Tensor]:
         """(scale, tau) such that ``d(x / scale) / d tau = slope``: what a solver integrates.
 

@@ -1,0 +1,41 @@
+"""Small networks that train on a CPU, and heads on the features of any network."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter
+
+from .base import Net, NetConfig
+from .dit import DiT, DiTConfig
+from .heads import FeatureHead
+from .mlp import MLP, MLPConfig
+from .unet import UNet, UNetConfig
+
+__all__ = ["MLP", "DiT", "DiTConfig", "FeatureHead", "MLPConfig", "Net", "NetConfig", "UNet", "UNetConfig", "build", "config_of"]
+
+AnyConfig = Annotated[UNetConfig | MLPConfig | DiTConfig, Field(discriminator="kind")]
+
+
+def config_of(description: dict[str, Any] | NetConfig) -> NetConfig:
+    """A network's description, checked. ValueError names what is wrong in it."""
+    if isinstance(description, NetConfig):
+        return description
+    config: NetConfig = TypeAdapter(AnyConfig).validate_python(description)
+    return config
+
+
+def build(description: dict[str, Any] | NetConfig) -> Net:
+    """The network that a description stands for, with fresh weights.
+
+    >>> build({"kind": "mlp", "shape": (2,), "width": 8, "depth": 1}).config.kind
+    'mlp'
+    """
+    config = config_of(description)
+    if isinstance(config, UNetConfig):
+        return UNet(config)
+    if isinstance(config, DiTConfig):
+        return DiT(config)
+    if isinstance(config, MLPConfig):
+        return MLP(config)
+    raise ValueError(f"unknown network kind {config.kind!r}")

@@ -1,0 +1,5 @@
+"""``python -m fewstep`` is the command ``fewstep``."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,63 @@
+"""What every small network shares: its configuration, time features, condition embeddings."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..cond import Cond
+from ..part import Part
+
+
+class NetConfig(Part):
+    """The base of a network's description; ``kind`` names the class."""
+
+    kind: str
+
+
+class Net(nn.Module):
+    """A network ``net(x, time, cond, span) -> like x``.
+
+    ``time`` [batch] is what the denoiser's clock gives, of the order of 1 to 1000. ``span`` [batch] in [0, 1],
+    the length of a flow map's jump, is read where ``reads_s``. ``cond`` is None or labels [batch], the
+    number of classes standing for "no condition".
+    """
+
+    config: NetConfig
+    reads_s: bool = False
+
+
+def sinusoids(time: Tensor, width: int, period: float = 10_000.0) -> Tensor:
+    """Cosines, then sines, of ``time`` at ``width / 2`` frequencies from 1 down to 1 / period: [batch, width]."""
+    half = width // 2
+    rates = torch.exp(-math.log(period) * torch.arange(half, dtype=torch.float32, device=time.device) / half)
+    angle = time[:, None].to(torch.promote_types(time.dtype, torch.float32)) * rates
+    return torch.cat([torch.cos(angle), torch.sin(angle)], 1)
+
+
+class TimeEmbedding(nn.Module):
+    """Two linear layers on sinusoids; ``silent`` starts it at zero, so that it changes nothing at first."""
+
+    def __init__(self, width: int, out: int, silent: bool = False) -> None:
+        super().__init__()
+        self.width = width
+        self.linear_1, self.linear_2 = nn.Linear(width, out), nn.Linear(out, out)
+        if silent:
+            nn.init.zeros_(self.linear_2.weight)
+            nn.init.zeros_(self.linear_2.bias)
+
+    def forward(self, time: Tensor) -> Tensor:
+        entry = sinusoids(time, self.width).to(self.linear_1.weight.dtype)
+        return self.linear_2(F.silu(self.linear_1(entry)))
+
+
+def labels_of(cond: Cond, classes: int, count: int, device: torch.device) -> Tensor:
+    """The labels to embed: "no condition" where none is given. ValueError for other conditions."""
+    if cond is None:
+        return torch.full((count,), classes, device=device)
+    if not isinstance(cond, Tensor):
+        raise ValueError("this network is conditioned on labels: pass a tensor of integers")
+    return cond
