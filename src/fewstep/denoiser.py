@@ -37,6 +37,10 @@ class Denoiser(nn.Module, ABC):
         """``dx_t / dt`` of the deterministic flow."""
         return self(x, t, cond, "velocity")
 
+    def null(self, cond: Cond) -> Cond:
+        """The "no condition" that stands against a condition in guidance; ValueError where there is none."""
+        raise ValueError(f"{type(self).__name__} knows no negative condition: guidance needs one")
+
 
 def clock_of(name: str, path: Path, t: Tensor) -> Tensor:
     """What a network reads in place of t: ``index`` counts a thousand-step table from 0."""
@@ -106,6 +110,13 @@ class Wrapped(Denoiser):
             return guess, features
         return self._read(self._call(x, t, cond, s), x, t, want)
 
+    def null(self, cond: Cond) -> Cond:
+        give = getattr(self.net, "null", None)
+        if give is None:
+            return super().null(cond)
+        negative: Cond = give(cond)
+        return negative
+
     def _call(self, x: Tensor, t: Time, cond: Cond, s: Time | None) -> Tensor:
         times = rows_of(t, x)
         entry = x
@@ -135,11 +146,14 @@ class _Around(Denoiser):
         super().__init__()
         self.inner, self.path = inner, inner.path
 
+    def null(self, cond: Cond) -> Cond:
+        return self.inner.null(cond)
+
 
 class Guided(_Around):
     """Classifier-free guidance, ``D(negative) + scale (D(cond) - D(negative))``, in one batched call.
 
-    ``negative`` gives the negative condition for a condition (a task's ``null``, or a negative prompt).
+    ``negative`` gives the negative condition for a condition (a negative prompt, say); None asks ``inner.null``.
     ``interval`` are the times (low, high] in which guidance is on; outside it costs nothing and does nothing.
     scale = 1 is no guidance (Ho & Salimans 2022, in the convention of most code).
     """
@@ -148,11 +162,12 @@ class Guided(_Around):
         self,
         inner: Denoiser,
         scale: float,
-        negative: Callable[[Cond], Cond],
+        negative: Callable[[Cond], Cond] | None = None,
         interval: tuple[float, float] | None = None,
     ) -> None:
         super().__init__(inner)
-        self.scale, self.negative, self.interval = scale, negative, interval
+        self.scale, self.interval = scale, interval
+        self.negative = inner.null if negative is None else negative
 
     def forward(
         self, x: Tensor, t: Time, cond: Cond = None, want: str = "x0", s: Time | None = None

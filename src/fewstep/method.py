@@ -84,6 +84,7 @@ class Method(nn.Module, ABC):
     needs_data: ClassVar[bool] = True
 
     student: Student
+    step: int = 0  # the trainer says which step it is, before each turn
 
     def __init__(self, teacher: Any, student: Student, options: Part | None = None) -> None:
         super().__init__()

@@ -189,6 +189,21 @@ class Path(Part, ABC):
         alpha, sigma, _, _ = self.coefs(t)
         return alpha + sigma, sigma / (alpha + sigma)
 
+    def move(self, x: Tensor, slope: Tensor, t: Time, s: Time) -> Tensor:
+        """One straight step in the path's frame: ``x_s / scale_s = x_t / scale_t + (tau_s - tau_t) slope``.
+
+        With a denoiser's ``slope`` this is DDIM; t and s are floats or [batch].
+        """
+        (scale_t, tau_t), (scale_s, tau_s) = self._columns(t, x), self._columns(s, x)
+        return (scale_s * (x / scale_t + (tau_s - tau_t) * slope)).to(x.dtype)
+
+    def _columns(self, t: Time, like: Tensor) -> tuple[Tensor, Tensor]:
+        scale, tau = self.frame(t)
+        if not isinstance(t, Tensor) or t.ndim == 0 and t.device.type == "cpu":
+            return scale, tau
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return column(scale, like).to(like.device, dtype), column(tau, like).to(like.device, dtype)
+
 
 class _NoiseFrame(Path):
     """Paths that keep some signal at t_max: solvers integrate eps over sigma / alpha, as EDM does."""

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from .cond import Cond
@@ -75,17 +74,7 @@ class Student(nn.Module):
             return self.denoiser(x, t, cond, "flow", s)
         if isinstance(s, float) and s == self.path.t_min:
             return self.denoiser(x, t, cond, "x0", s)
-        slope = self.denoiser(x, t, cond, self.path.slope, s)
-        (scale_t, tau_t), (scale_s, tau_s) = self._frame(t, x), self._frame(s, x)
-        return (scale_s * (x / scale_t + (tau_s - tau_t) * slope)).to(x.dtype)
-
-    def _frame(self, t: Time, like: Tensor) -> tuple[Tensor, Tensor]:
-        scale, tau = self.path.frame(t)
-        if not isinstance(t, Tensor):
-            return scale, tau
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        tail = [1] * (like.ndim - 1)
-        return tuple(v.to(like.device, dtype).reshape(-1, *tail) for v in (scale, tau))  # type: ignore[return-value]
+        return self.path.move(x, self.denoiser(x, t, cond, self.path.slope, s), t, s)
 
     def times(self, steps: int) -> tuple[float, ...]:
         """The times of a step count that the student was trained for; ValueError for another."""

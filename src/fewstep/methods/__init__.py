@@ -1,0 +1,1 @@
+"""Methods: one file per paper, engines that several papers configure in families/."""

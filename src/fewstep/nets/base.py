@@ -29,6 +29,13 @@ class Net(nn.Module):
     config: NetConfig
     reads_s: bool = False
 
+    def null(self, cond: Cond) -> Cond:
+        """"No condition" for every row of a condition; ValueError for a network without labels."""
+        classes = getattr(self.config, "classes", None)
+        if classes is None or not isinstance(cond, Tensor):
+            raise ValueError("this network has no labels, so it has no negative condition to guide against")
+        return torch.full_like(cond, classes)
+
 
 def sinusoids(time: Tensor, width: int, period: float = 10_000.0) -> Tensor:
     """Cosines, then sines, of ``time`` at ``width / 2`` frequencies from 1 down to 1 / period: [batch, width]."""

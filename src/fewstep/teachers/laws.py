@@ -116,6 +116,11 @@ class Law(Denoiser):
         x0 = (share * guess).sum(1).view_as(x)
         return self.path.convert(x0, x, t, "x0", want)
 
+    def null(self, cond: Cond) -> Cond:
+        if self.classes is None or not isinstance(cond, Tensor):
+            return super().null(cond)
+        return torch.full_like(cond, self.classes)
+
     def log_density(self, x: Tensor, t: Time | None = None, cond: Cond = None) -> Tensor:
         """``log p_t(x | cond)`` of each row, in nats; t = None is clean data."""
         *_, log_joint = self._parts(x, self.path.t_min if t is None else t, cond)
