@@ -1,5 +1,7 @@
 """``python -m fewstep`` is the command ``fewstep``."""
 
+import sys
+
 from .cli import main
 
-main()
+sys.exit(main())

@@ -350,10 +350,12 @@ class VariancePreserving(_UnitVariance):
         if self.schedule == "scaled_linear":
             base, grow = math.sqrt(low), math.sqrt(high) - math.sqrt(low)
             root = base + grow * t
-            return -(root**3 - base**3) / (6 * grow), -(root**2) / 2
+            return -t * (root**2 + root * base + base**2) / 6, -(root**2) / 2
         quarter, shift = math.pi / 2 / 1.008, 0.008
-        angle = quarter * (t + shift)
-        return torch.log(torch.cos(angle).clamp(min=1e-300)) - math.log(math.cos(quarter * shift)), -quarter * torch.tan(angle)
+        angle, first = quarter * (t + shift), quarter * shift
+        missing = 2 * torch.sin(quarter * t / 2) ** 2 + torch.sin(quarter * t) * math.tan(first)  # 1 - alpha, exact near 0
+        far = torch.log(torch.cos(angle).clamp(min=1e-300)) - math.log(math.cos(first))
+        return torch.where(missing < 0.5, torch.log1p(-missing.clamp(max=0.5)), far), -quarter * torch.tan(angle)
 
     def _time_of(self, log_alpha: Tensor) -> Tensor:
         low, high = self._betas()

@@ -137,7 +137,7 @@ def same_dropout(module: nn.Module) -> Iterator[Any]:
     def again() -> None:
         if state is not None:
             torch.set_rng_state(state)
-        if cuda is not None:
+        if cuda is not None and device is not None:
             torch.cuda.set_rng_state(cuda, device)
 
     yield again

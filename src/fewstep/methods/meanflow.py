@@ -67,7 +67,7 @@ class MeanFlow(Method):
         index = jump.nonzero().squeeze(1)  # one sync a step: the derivative is paid for these rows alone
         if len(index):
             rate = self.derivative(x_t[index], t[index], s[index], v[index], rows(batch.cond, index))
-            target[index] -= column((t - s)[index], x0) * rate
+            target[index] -= column((t - s)[index], rate) * rate
         error = (guess - target).square().flatten(1).sum(1)
         weight = (error.detach() + options.c) ** -options.power
         return Loss.mean({"meanflow": weight * error})

@@ -98,7 +98,8 @@ class Images(Task):
         if height % p or width % p:
             raise Refused(f"patch = {p} does not divide pictures of {height}x{width}: pass a size that it divides")
         if train.labels is not None and test.labels is not None:
-            self.class_names = self.class_names or tuple(map(str, range(1 + max(train.labels.max(), test.labels.max()))))
+            top = int(max(train.labels.max(), test.labels.max()))
+            self.class_names = self.class_names or tuple(map(str, range(top + 1)))
             self.classes = len(self.class_names)
         self.shape = (channels * p * p, height // p, width // p)
         self.data_std = _std(train.data) / 127.5 or 1.0
@@ -160,8 +161,8 @@ class Images(Task):
     def _fits(self, count: int, height: int, width: int, channels: int) -> None:
         size = 4 * count * height * width * channels
         if size > MAX_BYTES:
-            need_gib = f"{size / 2**30:.0f} GiB of memory"
-            raise Refused(f"{count} pictures of {height}x{width} need {need_gib}: pass a smaller size, or fewer pictures")
+            memory = f"{size / 2**30:.0f} GiB of memory"
+            raise Refused(f"{count} pictures of {height}x{width} need {memory}: pass a smaller size, or fewer pictures")
 
     # -- folders ------------------------------------------------------------------------------
 
@@ -229,7 +230,7 @@ class Images(Task):
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise Refused(f"{file} is not a readable .npz ({reason})") from None
         found = ", ".join(sorted(keys)) or "nothing"
-        raise Refused(f"{file} holds {found}: name the arrays images and labels, or train_images, train_labels, test_...")
+        raise Refused(f"{file} holds {found}: name the arrays images and labels, or train_images and test_images")
 
     def _member(self, archive: Any, file: File, prefix: str) -> Pixels:
         images = archive[f"{prefix}images"]

@@ -79,8 +79,8 @@ class Law(Denoiser):
             return log_weight
         if not isinstance(cond, Tensor):
             raise ValueError("the condition of a law is a tensor of labels")
-        mine = self.labels.to(cond.device) == cond.unsqueeze(1)
-        allowed = mine | (cond == self.classes).unsqueeze(1)
+        given = cond.unsqueeze(1)
+        allowed = (self.labels.to(cond.device) == given) | (given == (self.classes or 0))
         if not bool(allowed.any(1).all()):
             raise ValueError(f"labels run from 0 to {self.classes} (any), got {cond.min().item()}..{cond.max().item()}")
         return torch.log_softmax(torch.where(allowed, log_weight, -math.inf), 1)

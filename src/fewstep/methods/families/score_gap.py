@@ -143,7 +143,7 @@ class Adversary(nn.Module):
         real, fake = self(features, cond).chunk(2)
         return discriminator_loss(real, fake)
 
-    def penalty(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, rng: Source) -> Tensor:
+    def penalty(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Cond, rng: Source) -> Tensor:
         """R1 of each row, through the features to the noised real sample: ``r1 / 2 ||dD/dx_t||^2``."""
 
         def logits(x: Tensor) -> Tensor:
