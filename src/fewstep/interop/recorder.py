@@ -105,6 +105,14 @@ class Recorded(nn.Module):
         self.net, self.state, self.clock = net, state, clock
         self.conditions, self.channels, self.null = tuple(conditions), channels, null
         self.fixed = dict(fixed)
+        self.net.eval()
+
+    def train(self, mode: bool = True) -> Recorded:
+        """Learning or not, the network itself stays in evaluation mode: a DiT in training mode would swap labels
+        for "no condition" at random, behind the method's back."""
+        super().train(mode)
+        self.net.eval()
+        return self
 
     def forward(self, x: Tensor, time: Tensor, cond: Cond = None, span: Tensor | None = None) -> Tensor:
         dtype = next((p.dtype for p in self.net.parameters() if p.is_floating_point()), x.dtype)
@@ -218,9 +226,12 @@ def _watched(pipe: Any) -> Iterator[tuple[dict[str, list[Call]], list[Step]]]:
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(module.register_forward_hook(after, with_kwargs=True))
 
+    learning = []
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
             watch(name, part)
+            learning += [module for module in part.modules() if module.training]
+            part.eval()
     scheduler = pipe.scheduler
     plain = scheduler.step
     signature = inspect.signature(plain)
@@ -234,6 +245,8 @@ def _watched(pipe: Any) -> Iterator[tuple[dict[str, list[Call]], list[Step]]]:
     try:
         yield calls, steps
     finally:
+        for module in learning:
+            module.training = True
         del scheduler.step
         for handle in handles:
             handle.remove()
@@ -370,6 +383,7 @@ def _prove(recording: Recording) -> None:
     state, time = call.arguments[recording.state], call.arguments[recording.clock]
     clock = torch.as_tensor(time).flatten().to(state.device).expand(state.shape[0])
     cond = _pack({name: call.arguments[name] for name in recording.conditions})
+    modes = [(module, module.training) for module in recording.network.modules()]
     net = recording.replay()
     try:
         with torch.no_grad():
@@ -377,6 +391,9 @@ def _prove(recording: Recording) -> None:
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0][:200]
         raise Refused(f"{recording.kind}: a replayed call failed: {type(error).__name__}: {reason}") from None
+    finally:
+        for module, mode in modes:
+            module.training = mode
     given = call.output[:, : recording.channels]
     if (again - given).abs().max() > 1e-3 * max(1.0, float(given.abs().max())):
         raise Refused(f"{recording.kind}: a replayed call gave another answer, so its network cannot be taken out")
