@@ -67,7 +67,7 @@ def descending(times: Tensor | tuple[float, ...] | list[float]) -> Tensor:
     values = torch.as_tensor(times, dtype=torch.float64)
     if values.ndim != 1 or values.numel() < 2:
         raise ValueError(f"a grid is a list of at least 2 times, got shape {tuple(values.shape)}")
-    rising = (values[1:] >= values[:-1]).nonzero()
+    rising = (~(values[1:] < values[:-1])).nonzero()  # so written that no-number rises too
     if rising.numel():
         i = int(rising[0])
         raise ValueError(f"grid must descend, got {values[i].item():.6g} then {values[i + 1].item():.6g}")

@@ -278,7 +278,7 @@ class Exploding(_NoiseFrame):
 class _UnitVariance(_NoiseFrame):
     """``alpha^2 + sigma^2 = 1``, t in [0, 1]; subclasses say how log alpha runs."""
 
-    zero_snr: bool = Field(False, description="shift alpha so that no signal is left at t = 1 (Lin et al. 2023, Alg. 1)")
+    zero_snr: bool = Field(False, description="shift alpha: no signal is left at t = 1 (Lin et al. 2023, Alg. 1)")
 
     @property
     def t_max(self) -> float:
@@ -353,7 +353,8 @@ class VariancePreserving(_UnitVariance):
             return -t * (root**2 + root * base + base**2) / 6, -(root**2) / 2
         quarter, shift = math.pi / 2 / 1.008, 0.008
         angle, first = quarter * (t + shift), quarter * shift
-        missing = 2 * torch.sin(quarter * t / 2) ** 2 + torch.sin(quarter * t) * math.tan(first)  # 1 - alpha, exact near 0
+        # 1 - alpha by the addition theorem: no digit is lost near t = 0
+        missing = 2 * torch.sin(quarter * t / 2) ** 2 + torch.sin(quarter * t) * math.tan(first)
         far = torch.log(torch.cos(angle).clamp(min=1e-300)) - math.log(math.cos(first))
         return torch.where(missing < 0.5, torch.log1p(-missing.clamp(max=0.5)), far), -quarter * torch.tan(angle)
 
@@ -434,11 +435,13 @@ class NoiseSampler(Part):
         low_t, high_t = path.t_low, path.t_max
 
         def gauss(x: Tensor, rng: Source) -> Tensor:
-            return self.mean + self.std * normal(x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32)), rng)
+            like = x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
+            return self.mean + self.std * normal(like, rng)
 
         def draw(x: Tensor, rng: Source) -> Tensor:
             if self.kind == "log_normal":
-                return path.time(-gauss(x, rng)).clamp(low_t, high_t).to(x.device, torch.promote_types(x.dtype, torch.float32))
+                level = gauss(x, rng)
+                return path.time(-level).clamp(low_t, high_t).to(level)
             if self.kind == "logit_normal":
                 return path.t_min + span * torch.sigmoid(gauss(x, rng))
             part = self.low + (self.high - self.low) * uniform(x, rng)
@@ -449,7 +452,9 @@ class NoiseSampler(Part):
         return draw
 
 
-def karras_time(path: Path, part: Tensor, rho: float = 7.0, low: float | None = None, high: float | None = None) -> Tensor:
+def karras_time(
+    path: Path, part: Tensor, rho: float = 7.0, low: float | None = None, high: float | None = None
+) -> Tensor:
     """The time at a fraction of the power grid: 0 is the lowest level, 1 the highest (Karras et al. 2022, eq. 5).
 
     Levels are ``sigma / alpha``; a path that ends without signal is cut at a ratio of 1000.
