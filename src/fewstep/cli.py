@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json as jsonlib
 import os
 import shlex
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,6 +24,7 @@ from typer.core import TyperGroup
 from . import __version__
 from .errors import Failed, Interrupted, MissingExtra, Refused
 from .machine import EXTRAS, examine, pick_device, set_threads
+from .screen import Screen, lines_of, report_text, table
 
 if TYPE_CHECKING:
     from .train.recipe import Recipe
@@ -49,166 +48,37 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last chec
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Where to write.")]
 
 
-class Screen:
-    """What a person sees while a job runs, on stderr: a bar on a terminal, plain lines elsewhere (a ``Watch``)."""
-
-    def __init__(self, quiet: bool, verbose: int, json: bool) -> None:
-        self.quiet, self.json = quiet, json
-        self.live = sys.stderr.isatty() and not quiet
-        self.totals: dict[str, int] = {}
-        self.since: dict[str, tuple[float, float]] = {}
-        self.bars: dict[str, Any] = {}
-        self.progress: Any = None
-        if verbose == 0:
-            import warnings
-
-            warnings.filterwarnings("ignore")
-        else:
-            import logging
-
-            logging.basicConfig(level=logging.DEBUG if verbose > 1 else logging.INFO)
-
-    def __enter__(self) -> Screen:
-        if self.live:
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            self.progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=30),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[rate]}"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}", style="dim"),
-                console=Console(stderr=True),
-            )
-            self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.progress is not None:
-            self.progress.stop()
-            self.progress = None
-
-    def say(self, line: str) -> None:
-        if self.progress is not None:
-            self.progress.console.print(line, markup=False, highlight=False)
-        elif not self.quiet:
-            print(line, file=sys.stderr, flush=True)
-
-    def start(self, label: str, total: int) -> None:
-        self.totals[label], self.since[label] = total, (time.monotonic(), time.monotonic())
-        if self.progress is not None:
-            self.bars[label] = self.progress.add_task(label, total=total, rate="", note="")
-
-    def advance(self, label: str, done: int, note: str = "") -> None:
-        now, (start, said) = time.monotonic(), self.since[label]
-        rate = done / max(now - start, 1e-9)
-        if self.progress is not None:
-            fields = {"rate": f"{rate:.3g}/s", **({"note": note} if note else {})}
-            self.progress.update(self.bars[label], completed=done, **fields)
-        elif now - said > 10:
-            self.since[label] = (start, now)
-            left = (self.totals[label] - done) / max(rate, 1e-9)
-            self.say(f"{label} {done}/{self.totals[label]}, {rate:.3g}/s, {left:.0f} s left{note and ', ' + note}")
-
-    def finish(self, label: str) -> None:
-        taken = time.monotonic() - self.since.pop(label)[0]
-        if self.progress is not None:
-            self.progress.update(self.bars[label], completed=self.totals[label], note=f"{taken:.0f} s")
-        else:
-            self.say(f"{label} done in {taken:.1f} s")
-
-    def result(self, value: Any, text: str) -> None:
-        """The answer of a command, on stdout: JSON for programs, text for people."""
-        print(jsonlib.dumps(_plain(value), indent=2) if self.json else text, flush=True)
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON has it: paths are text, and what is no number is null."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return value if value == value and abs(value) != float("inf") else None
-    return value if value is None or isinstance(value, bool | int | str) else str(value)
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Rows as text, coloured where stdout is a terminal; never cut where it is not."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE, pad_edge=False, header_style="bold")
-    for index, name in enumerate(columns):
-        numbers = all(isinstance(row[index], int | float | None) for row in rows)
-        table.add_column(name, justify="right" if numbers else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(_cell(item)) for item in row))
-    console = Console() if sys.stdout.isatty() else Console(width=200)
-    with console.capture() as text:
-        console.print(table)
-    return "\n".join(line.rstrip() for line in text.get().strip("\n").splitlines())
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
-def _lines(facts: dict[str, Any], indent: str = "") -> str:
-    """Facts as indented lines, nested ones below their name."""
-    lines = []
-    for key, value in facts.items():
-        if isinstance(value, dict):
-            lines += [f"{indent}{key}", _lines(value, indent + "  ")] if value else []
-        else:
-            lines.append(f"{indent}{key:<{max(2, 24 - len(indent))}} {_cell(value)}")
-    return "\n".join(lines)
-
-
 # Recipes and run folders
 
 
-def _packaged() -> dict[str, Path]:
-    """The recipes that ship with the package, by name."""
-    return {file.stem: file for file in sorted((Path(__file__).parent / "recipes").glob("*.toml"))}
+def _recipe(
+    what: str,
+    overrides: Sequence[str] | None,
+    seed: int | None,
+    data: Path | None = None,
+    method: str | None = None,
+) -> Recipe:
+    """A recipe by name, from a file or from a run; or made for a diffusers folder."""
+    from .template import recipe_for_folder
+    from .train.recipe import load_recipe, recipe_from, shipped
 
-
-def _source(what: str) -> Path:
-    """Where a recipe is: a file, a run folder that holds one, or the name of one that ships."""
-    path = Path(what)
-    if path.is_dir() and (path / "recipe.toml").exists():
-        return path / "recipe.toml"
-    if path.is_file():
-        return path
-    known = _packaged()
-    if what in known:
-        return known[what]
-    from .registry import nearest
-
-    if path.is_dir():
-        raise Refused(f"{what} is a folder without recipe.toml or model_index.json: neither a run nor a teacher")
-    if path.suffix == ".toml" or len(path.parts) > 1:
-        close = nearest(path.stem, list(known))
-        raise Refused(f"there is no file {what}; among the recipes that ship, {close}")
-    raise Refused(f"unknown teacher or recipe {what!r}: {nearest(what, list(known))}")
-
-
-def _recipe(what: str, overrides: Sequence[str] | None, seed: int | None = None) -> Recipe:
-    from .train.recipe import load_recipe
-
-    changes = list(overrides or ()) + ([f"seed={seed}"] if seed is not None else [])
-    for change in changes:
-        if "=" not in change.lstrip("="):
-            raise Refused(f"a change to the recipe is KEY.SUB=VALUE, got {change!r}")
-    return load_recipe(_source(what), changes)
+    changes = [*(overrides or ()), *([f"seed={seed}"] if seed is not None else [])]
+    folder = Path(what) if what not in shipped() and Path(what).is_dir() else None
+    if folder and (folder / "model_index.json").exists():
+        if data is None or method is None:
+            raise Refused(f"{what} is a teacher: say on which images and how, --data ./images --method dmd2")
+        return recipe_from(recipe_for_folder(folder, data, method), changes, where=what)
+    if folder and not (folder / "recipe.toml").exists():
+        raise Refused(f"{what} is neither a teacher (it has no model_index.json) nor a run (no recipe.toml)")
+    source = folder / "recipe.toml" if folder else what
+    if data is None and method is None:
+        return load_recipe(source, changes)
+    plain = load_recipe(source).model_dump(mode="json", exclude_none=True)
+    if data is not None:
+        plain["task"] = {"name": "images", "options": {"path": str(data)}}
+    if method is not None and method != plain["method"]["name"]:
+        plain.update(method={"name": method}, stages=[])  # options and later stages belong to the other method
+    return recipe_from({**plain, "expect": {}}, changes, where=str(source))
 
 
 def _run_folder(what: str, out: Path | None, resume: bool) -> Path:
@@ -392,3 +262,385 @@ def _root(
         print(f"fewstep {__version__}")
     elif context.invoked_subcommand is None:
         print(context.get_help())
+
+
+# The commands, in the order of the work
+
+
+@command
+def _list(
+    kind: Annotated[str, typer.Argument(metavar="methods|papers|recipes|samplers|tasks|metrics")] = "methods",
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Show what there is, with its tier and the highest level of evidence for it.
+
+    Levels: exact (proven on a law known in closed form), small (a recipe on small images holds its bar),
+    gpu (run at scale), paper (a published figure reproduced), none.
+
+    \b
+    Examples:
+      fewstep list methods
+      fewstep list papers --json
+    """
+    from .catalogue import rows_of
+
+    rows = rows_of(kind)
+    shown = [key for key in rows[0] if key != "file"] if rows else []
+    Screen(quiet, verbose, json).result(rows, table(shown, [[row[key] for key in shown] for row in rows]))
+
+
+@command
+def init(
+    name: Annotated[str, typer.Argument(metavar="RECIPE|METHOD", help="A recipe that ships, or a method.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="File to write [default: NAME.toml]; - is stdout.")
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Write a commented recipe to start from: a copy of one that ships, or every option of a method.
+
+    \b
+    Examples:
+      fewstep init digits -o mine.toml
+      fewstep init meanflow
+    """
+    from .registry import METHODS, nearest
+    from .template import recipe_text
+    from .train.recipe import shipped
+
+    recipes, methods = shipped(), [entry.name for entry in METHODS]
+    if name not in recipes and name not in methods:
+        raise Refused(f"unknown recipe or method {name!r}: {nearest(name, [*recipes, *methods])}")
+    text = recipes[name].read_text(encoding="utf-8") if name in recipes else recipe_text(name)
+    if str(out) == "-":
+        sys.stdout.write(text)
+        return
+    file = out or Path(f"{name}.toml")
+    if file.exists():
+        raise Refused(f"{file} is already there: name another file with -o")
+    file.write_text(text, encoding="utf-8")
+    Screen(quiet, verbose, json).result({"file": file}, f"wrote {file}; next: fewstep plan {file}")
+
+
+Teacher = Annotated[
+    str, typer.Argument(metavar="TEACHER|RECIPE", help="A name, a diffusers folder, a recipe file, a run.")
+]
+Data = Annotated[Path | None, typer.Option(help="Images of a diffusers teacher: a folder or an .npz file.")]
+MethodName = Annotated[str | None, typer.Option("--method", help="A method's name, or ./mine.py:MyMethod.")]
+
+
+@command
+def plan(
+    what: Teacher,
+    overrides: Overrides = None,
+    data: Data = None,
+    method: MethodName = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Check a recipe and predict parameters, memory and time, without training.
+
+    \b
+    Examples:
+      fewstep plan digits
+      fewstep plan mine.toml steps=2000 optim.lr=1e-3
+    """
+    screen, place = Screen(quiet, verbose, json), pick_device(device)
+    recipe = _recipe(what, overrides, seed, data, method)
+    from . import jobs
+
+    set_threads(threads)
+    result = jobs.plan(recipe, device=place)
+    screen.result(result, lines_of(result))
+
+
+@command
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, the name of one that ships, or a run to resume.")],
+    overrides: Overrides = None,
+    out: Out = None,
+    resume: Resume = False,
+    seed: Seed = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Train by a recipe and save the model; no evaluation. This is how teachers are made.
+
+    \b
+    Examples:
+      fewstep train digits_teacher
+      fewstep train mine.toml steps=2000 --out runs/mine
+      fewstep train runs/mine --resume
+    """
+    screen, place = Screen(quiet, verbose, json), pick_device(device)
+    run = _run_folder(recipe, out, resume)
+    chosen = _recipe(recipe, overrides, seed)
+    from . import jobs
+
+    set_threads(threads)
+    with screen, _resumable("train", run):
+        result = jobs.train(chosen, run, resume=resume, device=place, watch=screen)
+    screen.result({"run": run, **result}, f"{lines_of(result)}\nrun: {run}")
+
+
+@command
+def distill(
+    what: Teacher,
+    overrides: Overrides = None,
+    data: Data = None,
+    method: MethodName = None,
+    out: Out = None,
+    resume: Resume = False,
+    seed: Seed = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Distil a teacher into a few-step student, measure both, write the report.
+
+    The run folder (runs/NAME) gets the student, ready for plain diffusers, and report/index.html.
+
+    \b
+    Examples:
+      fewstep distill digits
+      fewstep distill ./my-pipeline --data ./images --method dmd2
+      fewstep distill mine.toml optim.lr=1e-3 --out runs/faster
+      fewstep distill runs/faster --resume
+      fewstep distill digits --method ./mine.py:MyMethod
+    """
+    screen, place = Screen(quiet, verbose, json), pick_device(device)
+    run = _run_folder(what, out, resume)
+    recipe = _recipe(what, overrides, seed, data, method)
+    from . import jobs
+
+    set_threads(threads)
+    with screen, _resumable("distill", run):
+        report = jobs.distill(recipe, run, resume=resume, device=place, watch=screen)
+    screen.result({"run": run, **report}, report_text(report, run / "report" / "index.html"))
+
+
+@command
+def sample(
+    model: Annotated[Path, typer.Argument(help="A student folder, a run, or a teacher folder.")],
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many samples.")] = 64,
+    steps: Annotated[int | None, typer.Option(min=1, help="Calls per sample [default: the student's first].")] = None,
+    labels: Annotated[str | None, typer.Option(help="Labels, repeated in turn, e.g. 3 or 0,1,2.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="A solver plan (JSON) to sample a teacher with.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write to.")] = Path("samples"),
+    seed: Annotated[int, typer.Option(help="The same seed gives the same samples.")] = 0,
+    device: Device = "auto",
+    threads: Threads = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Draw samples from a student or a teacher.
+
+    \b
+    Examples:
+      fewstep sample runs/digits/student --count 100 --out samples
+      fewstep sample runs/digits/student --labels 3,7 --seed 1
+    """
+    screen, place = Screen(quiet, verbose, json), pick_device(device)
+    wanted = _labels(labels)
+    from . import jobs
+
+    set_threads(threads)
+    files = jobs.sample(
+        _existing(model), count, steps=steps, seed=seed, labels=wanted, out=out, device=place, plan=plan
+    )
+    screen.result({"files": files}, f"{len(files)} file{'s' if len(files) != 1 else ''} in {out}")
+
+
+def _labels(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    parts = text.split(",")
+    if not all(part.strip().isdigit() for part in parts):
+        raise Refused(f"labels are whole numbers with commas between them, got {text!r}")
+    return [int(part) for part in parts]
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise Refused(f"there is no {path}")
+    return path
+
+
+@command
+def evaluate(
+    student: Annotated[Path, typer.Argument(help="A student folder or a run.")],
+    against: Annotated[str, typer.Option(help="The teacher: a name or a diffusers folder.")],
+    reference: Annotated[str, typer.Option(help="Held-out real data: a task's name, a folder or an .npz file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the report.")] = Path("evaluation"),
+    seed: Annotated[int, typer.Option(help="First seed of the noise.")] = 0,
+    device: Device = "auto",
+    threads: Threads = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Measure a student against its teacher and against real data, by the one protocol.
+
+    \b
+    Examples:
+      fewstep evaluate runs/digits/student --against digits --reference digits
+    """
+    screen, place = Screen(quiet, verbose, json), pick_device(device)
+    from . import jobs
+
+    set_threads(threads)
+    with screen:
+        report = jobs.evaluate(_existing(student), against, reference, out, seed=seed, device=place, watch=screen)
+    screen.result(report, report_text(report, out))
+
+
+@command
+def compare(
+    models: Annotated[list[Path], typer.Argument(help="Students or runs.")],
+    reference: Annotated[str, typer.Option(help="Held-out real data: a task's name, a folder or an .npz file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the report.")] = Path("comparison"),
+    seed: Annotated[int, typer.Option(help="First seed of the noise.")] = 0,
+    device: Device = "auto",
+    threads: Threads = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Measure several students side by side, from the same noise.
+
+    \b
+    Examples:
+      fewstep compare runs/digits runs/digits-2 --reference digits
+    """
+    screen, place = Screen(quiet, verbose, json), pick_device(device)
+    from . import jobs
+
+    set_threads(threads)
+    with screen:
+        report = jobs.compare(
+            [_existing(model) for model in models], reference, out, seed=seed, device=place, watch=screen
+        )
+    screen.result(report, report_text(report, out))
+
+
+@command
+def report(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Write a run's report again, from what its folder holds.
+
+    \b
+    Examples:
+      fewstep report runs/digits
+    """
+    from . import jobs
+
+    file = jobs.report(_existing(run))
+    Screen(quiet, verbose, json).result({"report": file}, f"report: {file}")
+
+
+@command
+def verify(
+    recipes: Annotated[
+        list[str], typer.Argument(metavar="RECIPE...|all", help="Recipes that state what they [expect].")
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for the runs; finished ones are not run again.")
+    ] = Path("runs/verify"),
+    seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds [default: the recipe's].")] = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Run recipes over their seeds and hold the scores to what they promise; exit 1 where one misses.
+
+    \b
+    Examples:
+      fewstep verify digits
+      fewstep verify all
+    """
+    screen, place = Screen(quiet, verbose, json), pick_device(device)
+    from .train.recipe import load_recipe, shipped
+
+    names = [name for name in shipped() if load_recipe(name).expect] if recipes == ["all"] else recipes
+    for name in names:
+        if not load_recipe(name).expect:
+            raise Refused(f"recipe {name!r} has no [expect] to be held to")
+    from . import jobs
+
+    set_threads(threads)
+    with screen:
+        result = jobs.verify(names, out, seeds=seeds, device=place, watch=screen)
+    rows = result["rows"]
+    shown = list(rows[0]) if rows else []
+    screen.result(result, table(shown, [[row[key] for key in shown] for row in rows]))
+    if not result["holds"]:
+        raise typer.Exit(1)
+
+
+@command
+def check(
+    student: Annotated[Path, typer.Argument(help="A student folder or a run.")],
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Check a student folder: its contract, and its golden sample drawn again; exit 1 where one fails.
+
+    \b
+    Examples:
+      fewstep check runs/digits/student
+    """
+    from . import jobs
+
+    result = jobs.check(_existing(student))
+    Screen(quiet, verbose, json).result(result, lines_of(result))
+    if not result["holds"]:
+        raise typer.Exit(1)
+
+
+@command
+def doctor(json: Json = False, quiet: Quiet = False, verbose: Verbose = 0) -> None:
+    """Look at this machine: versions, extras, devices, how many threads pay, packages that harm each other.
+
+    \b
+    Examples:
+      fewstep doctor
+      fewstep doctor --json
+    """
+    facts = examine()
+    shown = dict(facts)
+    shown["extras"] = {
+        name: f"missing {', '.join(missing)}: pip install 'fewstep[{name}]'" if missing else "installed"
+        for name, missing in facts["extras"].items()
+    }
+    threads = facts["threads"]
+    shown["threads"] = {
+        **{
+            f"{count} thread{'s' if count != '1' else ''}": f"{ms} ms per small training step"
+            for count, ms in threads["ms_per_step"].items()
+        },
+        "advice": threads["advice"],
+    }
+    warnings = shown.pop("warnings")
+    text = "\n".join([lines_of(shown), *(f"warning: {line}" for line in warnings)])
+    Screen(quiet, verbose, json).result(facts, text)

@@ -143,7 +143,11 @@ def _conv_step() -> Callable[[], None]:
     from torch import nn
 
     body = nn.Sequential(
-        nn.Conv2d(1, 48, 3, padding=1), nn.SiLU(), nn.Conv2d(48, 48, 3, padding=1), nn.SiLU(), nn.Conv2d(48, 1, 3, padding=1)
+        nn.Conv2d(1, 48, 3, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(48, 48, 3, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(48, 1, 3, padding=1),
     )
     descend = torch.optim.Adam(body.parameters(), fused=True)
     x = torch.randn(128, 1, 8, 8)
@@ -197,7 +201,16 @@ def examine() -> dict[str, Any]:
             devices[f"cuda:{index}"] = f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB"
     if torch.backends.mps.is_available():
         devices["mps"] = "Apple GPU"
-    packages = ("torch", "numpy", "safetensors", "pydantic", "diffusers", "transformers", "torchmetrics", "scikit-learn")
+    packages = (
+        "torch",
+        "numpy",
+        "safetensors",
+        "pydantic",
+        "diffusers",
+        "transformers",
+        "torchmetrics",
+        "scikit-learn",
+    )
     return {
         "fewstep": __version__,
         "python": f"{platform.python_version()} ({sys.executable})",

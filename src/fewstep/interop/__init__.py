@@ -1,0 +1,35 @@
+"""Diffusers in and out: one recorder for every pipeline, contracts, and folders that plain diffusers runs.
+
+Importing this package imports no diffusers; functions do, when they need it.
+"""
+
+from __future__ import annotations
+
+from .contract import CONTRACT, Contract, Steps
+from .image import write_image
+from .recorder import Recorded, Recording, record
+from .schedules import Schedule, read_schedule
+from .student import Check, LoadedStudent, check_student, load_student, save_student, save_teacher, weights_sha256
+from .teacher import Teacher, load_teacher, packaged
+
+__all__ = [
+    "CONTRACT",
+    "Check",
+    "Contract",
+    "LoadedStudent",
+    "Recorded",
+    "Recording",
+    "Schedule",
+    "Steps",
+    "Teacher",
+    "check_student",
+    "load_student",
+    "load_teacher",
+    "packaged",
+    "read_schedule",
+    "record",
+    "save_student",
+    "save_teacher",
+    "weights_sha256",
+    "write_image",
+]

@@ -1,0 +1,82 @@
+"""Run a model folder with plain diffusers and compare it with its golden sample.
+
+This file is a script for a fresh process: it reads a folder and must never import the package it belongs to.
+It prints one line of JSON: the largest error of every step count.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("DO_NOT_TRACK", "1")
+
+
+def run_pipeline(folder, seed, labels, count, call, kind):
+    """What the stock pipeline hands to its last scheduler step's caller: samples before any clamp."""
+    import torch
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
+
+    logging.set_verbosity_error()
+    pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+    if type(pipe).__name__ != kind:
+        raise SystemExit(f"the folder loads as {type(pipe).__name__}, the contract says {kind}")
+    pipe.set_progress_bar_config(disable=True)
+    arguments = dict(call, generator=torch.Generator().manual_seed(seed), output_type="pt")
+    if labels is not None:
+        arguments["class_labels"] = labels.tolist()
+    if kind != "DiTPipeline":
+        arguments["batch_size"] = count
+    seen = []
+    plain = pipe.scheduler.step
+
+    def step(*args, **kwargs):
+        answer = plain(*args, **kwargs)
+        seen.append(answer[0] if isinstance(answer, tuple) else answer.prev_sample)
+        return answer
+
+    pipe.scheduler.step = step
+    pictures = pipe(**arguments).images
+    if not torch.isfinite(torch.as_tensor(pictures)).all():
+        raise SystemExit("the pipeline's pictures hold a NaN or an infinity")
+    return seen[-1][:count]
+
+
+def run_program(folder, noise, labels):
+    """What the exported program answers."""
+    import torch
+
+    program = torch.export.load(os.path.join(folder, "model.pt2")).module()
+    return program(noise) if labels is None else program(noise, labels)
+
+
+def main(folder):
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(os.path.join(folder, "golden.safetensors"), framework="pt") as file:
+        facts = json.loads(file.metadata()["golden"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    labels, noise = tensors.get("labels"), tensors["noise"]
+    errors = {}
+    for steps, call in facts["calls"].items():
+        wanted = tensors[f"output_{steps}"]
+        if facts["pipeline"] is None:
+            got = run_program(folder, noise, labels)
+        elif call is None:
+            continue
+        else:
+            got = run_pipeline(folder, facts["seed"], labels, len(wanted), call, facts["pipeline"])
+        if got.shape != wanted.shape:
+            raise SystemExit(f"{steps} step(s) gave shape {list(got.shape)}, the golden sample has {list(wanted.shape)}")
+        size = max(1.0, float(wanted.abs().max()))
+        errors[steps] = float((torch.as_tensor(got).float() - wanted).abs().max()) / size
+    assert "fewstep" not in sys.modules
+    print(json.dumps({"errors": errors}))
+
+
+if __name__ == "__main__":
+    main(str(Path(sys.argv[1]).resolve()))

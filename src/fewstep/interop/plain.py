@@ -1,0 +1,352 @@
+"""How stock diffusers runs a student: which pipeline, which scheduler, which arguments.
+
+Each step count of a student must be taken by a stock pair of pipeline and scheduler. Times that a scheduler
+holds on its own grid are moved to the nearest of its own (by at most one part in ten thousand, or one index of
+a table), and the student that ships is the moved one, so that what is measured is what is shipped.
+
+| student | pipeline and scheduler |
+|---|---|
+| consistency function on the exploding path | ConsistencyModelPipeline, CMStochasticIterativeScheduler |
+| noise, v or clean image on a table | the teacher's, DDIMScheduler (LCMScheduler where steps renoise) |
+| velocity of a straight path, no labels | DDPMPipeline, FlowMatchEulerDiscreteScheduler |
+| any other one-step U-Net | scales folded into its first and last convolution, then as the first row |
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..denoiser import Wrapped, clock_of
+from ..errors import Refused
+from ..path import Exploding, Path, Straight, Tabulated, VariancePreserving
+from ..student import Student
+
+TOLERANCE = 1e-4  # how far a level may move, as a share of itself, to stand on a scheduler's grid
+BOUNDARY = 0.002
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A student as stock diffusers sees it.
+
+    ``student`` has the times that the scheduler can hold; ``calls`` are the pipeline's arguments for each
+    step count, None where it cannot take them; ``notes`` say what was changed on the way.
+    """
+
+    pipeline: str
+    scheduler: str
+    config: dict[str, Any]
+    student: Student
+    calls: dict[int, dict[str, Any] | None]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the plan depends on besides the student: the teacher's pipeline, and whether there are labels."""
+
+    labels: bool
+    pipeline: str | None = None
+    scheduler: dict[str, Any] = field(default_factory=dict)
+    guided: bool = False
+
+
+def wrapped(student: Student) -> Wrapped:
+    """The student's wrapped network; Refused where something stands around it."""
+    if not isinstance(student.denoiser, Wrapped):
+        raise Refused(f"only a wrapped network can be saved, this student holds {type(student.denoiser).__name__}")
+    return student.denoiser
+
+
+def plan(student: Student, setting: Setting) -> Plain:
+    """The stock pair that runs this student; Refused, with every reason, where there is none."""
+    reasons = []
+    for way in (_consistency, _table, _flow, _folded):
+        try:
+            return way(student, setting)
+        except Refused as error:
+            reasons.append(str(error))
+    raise Refused("plain diffusers cannot run this student: " + "; ".join(reasons))
+
+
+# -- consistency functions --------------------------------------------------------------------------
+
+
+def _consistency(student: Student, setting: Setting) -> Plain:
+    one = wrapped(student)
+    if one.prediction != "cm" or one.clock != "250 log_sigma" or not one.scale_input:
+        raise Refused(f"prediction {one.prediction!r} on clock {one.clock!r} is no consistency function")
+    if setting.pipeline not in (None, "ConsistencyModelPipeline"):
+        raise Refused(f"{setting.pipeline} does not run consistency functions")
+    if abs(student.start_scale / student.start - 1) > 1e-6:
+        raise Refused(f"the scheduler begins at sigma * noise, this student at {student.start_scale:g} * noise")
+    if not student.start > one.boundary:
+        raise Refused(f"the start {student.start:g} lies below the boundary {one.boundary:g}")
+    several = {n: times for n, times in student.steps.items() if n > 1 and student.policy == "renoise"}
+    notes = []
+    if student.policy == "ode" and any(n > 1 for n in student.steps):
+        notes.append("the stock scheduler renoises between steps, so only one step runs there")
+    inner = sorted({t for times in several.values() for t in times[1:]}, reverse=True)
+    count, rho = karras_grid(student.start, one.boundary, inner)
+    steps = dict(student.steps)
+    calls: dict[int, dict[str, Any] | None] = {n: None for n in steps}
+    calls[1] = {"num_inference_steps": 1} if 1 in steps else None
+    for n, times in several.items():
+        index = [_karras_index(t, student.start, one.boundary, count, rho) for t in times]
+        if len(set(index)) < n:
+            notes.append(f"{n} steps stand too close together for the scheduler's grid")
+            continue
+        steps[n] = tuple(_karras_sigma(i, student.start, one.boundary, count, rho) for i in index)
+        if index == [i * (count // n) for i in range(n)]:
+            calls[n] = {"num_inference_steps": n}
+        else:
+            calls[n] = {"num_inference_steps": None, "timesteps": index[::-1]}
+    config = {
+        "num_train_timesteps": count,
+        "sigma_min": one.boundary,
+        "sigma_max": student.start,
+        "sigma_data": one.data_std,
+        "s_noise": 1.0,
+        "rho": rho,
+        "clip_denoised": False,
+    }
+    return Plain("ConsistencyModelPipeline", "CMStochasticIterativeScheduler", config, _with(student, steps), calls, tuple(notes))
+
+
+def karras_grid(top: float, bottom: float, inner: Sequence[float]) -> tuple[int, float]:
+    """(points, rho) of a power grid from ``top`` to ``bottom`` on which the inner levels stand.
+
+    One inner level: three points and the rho that puts the middle one there, so that two steps need no
+    list of indices. More: rho = 7 and the least number of points that holds each to TOLERANCE.
+    """
+    if not inner:
+        return 40, 7.0
+    if len(inner) == 1:
+        low, high = 0.2, 1e4  # the middle falls from 0.87 top to the geometric mean as rho grows
+        if _middle(top, bottom, high) < inner[0] < _middle(top, bottom, low):
+            for _ in range(200):
+                rho = math.sqrt(low * high)
+                low, high = (rho, high) if _middle(top, bottom, rho) > inner[0] else (low, rho)
+            return 3, math.sqrt(low * high)
+    rho = 7.0
+    ends = top ** (1 / rho), bottom ** (1 / rho)
+    ramp = np.array([(ends[0] - s ** (1 / rho)) / (ends[0] - ends[1]) for s in inner])
+    points = np.arange(len(inner) + 2, 20_002)
+    held = np.round(ramp[None] * (points[:, None] - 1)) / (points[:, None] - 1)
+    sigma = (ends[0] + held * (ends[1] - ends[0])) ** rho
+    worst = np.abs(sigma / np.array(inner)[None] - 1).max(1)
+    good = np.flatnonzero(worst < TOLERANCE)
+    return int(points[good[0] if len(good) else int(worst.argmin())]), rho
+
+
+def _middle(top: float, bottom: float, rho: float) -> float:
+    return float(((top ** (1 / rho) + bottom ** (1 / rho)) / 2) ** rho)
+
+
+def _karras_index(sigma: float, top: float, bottom: float, count: int, rho: float) -> int:
+    ends = top ** (1 / rho), bottom ** (1 / rho)
+    return round((ends[0] - sigma ** (1 / rho)) / (ends[0] - ends[1]) * (count - 1))
+
+
+def _karras_sigma(index: int, top: float, bottom: float, count: int, rho: float) -> float:
+    if index == 0:
+        return top
+    ends = top ** (1 / rho), bottom ** (1 / rho)
+    return float((ends[0] + index / (count - 1) * (ends[1] - ends[0])) ** rho)
+
+
+# -- tables of alphas -------------------------------------------------------------------------------
+
+KINDS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+
+
+def _table(student: Student, setting: Setting) -> Plain:
+    one = wrapped(student)
+    if one.prediction not in KINDS or not isinstance(one.path, (Tabulated, VariancePreserving)) or one.scale_input:
+        raise Refused(f"prediction {one.prediction!r} on the {_kind(one.path)} path stands on no table")
+    if one.clock not in ("index", "999t", "1000t"):
+        raise Refused(f"clock {one.clock!r} counts no table")
+    top = float(clock_of(one.clock, one.path, torch.tensor(student.start, dtype=torch.float64)))
+    count = round(top) + 1
+    if count < 2 or abs(top - (count - 1)) > 1e-3:
+        raise Refused(f"the start stands at {top:g} of the table, between its entries")
+    if abs(student.start_scale - 1) > 2e-3:
+        raise Refused(f"stock pipelines begin with unit noise, this student with {student.start_scale:g} * noise")
+    notes = []
+    if abs(student.start_scale - 1) > 1e-9:
+        notes.append(f"starts at unit noise, as stock pipelines do (trained at {student.start_scale:.6g})")
+    renoise = student.policy == "renoise" and any(n > 1 for n in student.steps)
+    steps: dict[int, tuple[float, ...]] = {}
+    calls: dict[int, dict[str, Any] | None] = {}
+    for n, times in student.steps.items():
+        index = [float(clock_of(one.clock, one.path, torch.tensor(t, dtype=torch.float64))) for t in times]
+        if renoise:
+            grid = [count - 1 - math.floor(i) for i in np.linspace(0, count, num=n, endpoint=False)]
+        else:
+            grid = [int(round(i)) - 1 for i in np.arange(count, 0, -count / n)]
+        fits = (renoise or count % n == 0) and len(grid) == n
+        if fits and all(abs(a - b) <= 1 for a, b in zip(index, grid, strict=True)):
+            steps[n] = (student.start, *(_time_at(one, i) for i in grid[1:]))
+            calls[n] = {"num_inference_steps": n} | ({"guidance_scale": 1.0} if setting.guided else {})
+        else:
+            steps[n], calls[n] = times, None
+            notes.append(f"{n} steps at table entries {[round(i, 2) for i in index]} are not the scheduler's {grid}")
+    config = dict(setting.scheduler)
+    betas = _betas(one, count)
+    if not (config and len(betas) == config.get("num_train_timesteps") and isinstance(one.path, Tabulated)):
+        config = {"num_train_timesteps": count, "trained_betas": betas}
+    config |= {
+        "prediction_type": KINDS[one.prediction],
+        "clip_sample": False,
+        "thresholding": False,
+        "set_alpha_to_one": True,
+        "steps_offset": 0,
+        "timestep_spacing": "trailing",
+    }
+    name = "DDIMScheduler"
+    if renoise:  # boundary scalings off: c_skip -> 0, c_out -> 1
+        name = "LCMScheduler"
+        config |= {"original_inference_steps": count, "timestep_scaling": 1e6}
+    pipeline = setting.pipeline or ("ConsistencyModelPipeline" if setting.labels else "DDIMPipeline")
+    if renoise and pipeline == "DDIMPipeline":
+        pipeline = "DDPMPipeline"  # DDIMPipeline turns any scheduler into DDIM
+    moved = _with(student, steps, start_scale=1.0)
+    return Plain(pipeline, name, config, moved, calls, tuple(notes))
+
+
+def _time_at(one: Wrapped, index: float) -> float:
+    """The time that the clock shows as an entry of the table."""
+    table = getattr(one.path, "alphas_cumprod", None)
+    match one.clock:
+        case "index":
+            return (index + 1) / (len(table) if table is not None else 1000)
+        case "999t":
+            return index / 999
+    return index / 1000
+
+
+def _betas(one: Wrapped, count: int) -> list[float]:
+    times = torch.tensor([_time_at(one, i) for i in range(count)], dtype=torch.float64)
+    product = one.path.coefs(times).alpha ** 2
+    if isinstance(one.path, Tabulated) and one.clock == "index":
+        product = torch.tensor(one.path.alphas_cumprod[:count], dtype=torch.float64)
+    before = torch.cat([torch.ones(1, dtype=torch.float64), product[:-1]])
+    return (1 - product / before).clamp(0, 1).tolist()
+
+
+# -- flows ------------------------------------------------------------------------------------------
+
+
+def _flow(student: Student, setting: Setting) -> Plain:
+    one = wrapped(student)
+    if one.prediction not in ("velocity", "flow") or not isinstance(one.path, Straight) or one.clock != "1000t":
+        raise Refused(f"prediction {one.prediction!r} on the {_kind(one.path)} path with clock {one.clock!r} is no flow")
+    if one.scale_input or abs(student.start - 1) > 1e-9 or abs(student.start_scale - 1) > 1e-9:
+        raise Refused("a stock flow begins with unit noise at time 1")
+    if setting.pipeline not in (None, "DDPMPipeline") or (setting.labels and setting.pipeline is None):
+        raise Refused(f"{setting.pipeline or 'ConsistencyModelPipeline'} does not run the flow-matching scheduler")
+    shift, steps, notes = 1.0, dict(student.steps), []
+    calls: dict[int, dict[str, Any] | None] = {n: None for n in steps}
+    if 1 in steps:
+        calls[1] = {"num_inference_steps": 1}
+    if 2 in steps and student.policy == "ode":
+        # two stock steps stand at 1 and at the least sigma 1/1000, shifted twice: choose the shift that
+        # brings it to the wanted time. shift s maps x to s x / (1 + (s - 1) x), so odds times s each time
+        odds = steps[2][1] / (1 - steps[2][1])
+        shift = math.sqrt(odds * 999)
+        calls[2] = {"num_inference_steps": 2}
+    for n in steps:
+        if calls[n] is None:
+            notes.append(f"{n} steps of this student are not on the stock scheduler's grid")
+    config = {"num_train_timesteps": 1000, "shift": shift}
+    return Plain("DDPMPipeline", "FlowMatchEulerDiscreteScheduler", config, student, calls, tuple(notes))
+
+
+# -- anything else in one step ----------------------------------------------------------------------
+
+
+def _folded(student: Student, setting: Setting) -> Plain:
+    """A one-step U-Net as a consistency function: exact, by scaling its first and last convolution.
+
+    Whatever the path, one step is ``x0 = A noise + B net(C noise, clock)``. The scheduler's is
+    ``x0 = c_skip s noise + c_out net(c_in s noise, 250 ln s)``: s follows from the clock, sigma_data from A,
+    and the two scales that are left go into weights.
+    """
+    one = wrapped(student)
+    net = inner_network(one.net)
+    if set(student.steps) != {1}:
+        raise Refused("more than one step is only run on the student's own path")
+    if setting.pipeline not in (None, "ConsistencyModelPipeline", "DDPMPipeline", "DDIMPipeline"):
+        raise Refused(f"{setting.pipeline} is not rebuilt around folded weights")
+    entry, last = getattr(net, "conv_in", None), getattr(net, "conv_out", None)
+    if not isinstance(entry, nn.Conv2d) or not isinstance(last, nn.Conv2d):
+        raise Refused("the network has no first and last convolution to fold scales into")
+    if getattr(getattr(net, "config", None), "center_input_sample", False):
+        raise Refused("the network shifts its input")
+    start = torch.tensor(student.start, dtype=torch.float64)
+    coefs = one.path.coefs(start)
+    alpha, sigma = float(coefs.alpha), float(coefs.sigma)
+    scale_in = 1 / math.sqrt(alpha**2 * one.data_std**2 + sigma**2) if one.scale_input else 1.0
+    if one.prediction in ("edm", "cm"):
+        low = one.boundary if one.prediction == "cm" else 0.0
+        keep = one.data_std**2 / ((sigma - low) ** 2 + one.data_std**2)
+        take = (sigma - low) * one.data_std / math.sqrt(sigma**2 + one.data_std**2)
+    else:
+        a, b = (float(v) for v in one.path.pair(one.prediction, coefs))
+        det = alpha * b - sigma * a
+        if abs(det) < 1e-14:
+            raise Refused(f"{one.prediction!r} says nothing about the clean sample at the start")
+        keep, take = b / det, -sigma / det
+    clock = float(clock_of(one.clock, one.path, start))
+    level, skip = math.exp(clock / 250), keep * student.start_scale
+    if not 2 * BOUNDARY < level < 1e6:
+        raise Refused(f"the clock shows {clock:g}, which no level of the scheduler does")
+    if not -1e-12 <= skip < level:
+        raise Refused(f"the noise stands in the answer {skip:.4g} times, more than the scheduler's {level:.4g}")
+    # c_skip s = skip fixes sigma_data; where nothing is skipped a tiny one leaves a share of 1e-12 s
+    data_std = max(math.sqrt(max(skip, 0.0) / (level - max(skip, 0.0))), 1e-6) * (level - BOUNDARY)
+    out = (level - BOUNDARY) * data_std / math.sqrt(level**2 + data_std**2)
+    grow = scale_in * student.start_scale * math.sqrt(level**2 + data_std**2) / level
+    twin = copy.deepcopy(student)
+    folded = wrapped(twin)
+    ends = inner_network(folded.net)
+    with torch.no_grad():
+        ends.conv_in.weight.mul_(grow)  # type: ignore[union-attr]
+        ends.conv_out.weight.mul_(take / out)  # type: ignore[union-attr]
+        ends.conv_out.bias.mul_(take / out)  # type: ignore[union-attr]
+    path = Exploding(sigma_min=BOUNDARY, sigma_max=level)
+    shipped = Student(
+        Wrapped(folded.net, path, "cm", "250 log_sigma", scale_input=True, data_std=data_std, boundary=BOUNDARY),
+        student.shape,
+        start=level,
+        policy=student.policy,
+    )
+    plain = _consistency(shipped, Setting(setting.labels))
+    note = f"one step from the {_kind(one.path)} path, written as a consistency function: scales stand in its ends"
+    return Plain(plain.pipeline, plain.scheduler, plain.config, plain.student, plain.calls, (*plain.notes, note))
+
+
+def inner_network(net: nn.Module) -> nn.Module:
+    """The network itself, without the recorder's call around it."""
+    from .recorder import Recorded
+
+    return net.net if isinstance(net, Recorded) else net
+
+
+def _with(student: Student, steps: dict[int, tuple[float, ...]], start_scale: float | None = None) -> Student:
+    scale = student.start_scale if start_scale is None else start_scale
+    return Student(
+        student.denoiser, student.shape, start=student.start, start_scale=scale, steps=steps, policy=student.policy
+    )
+
+
+def _kind(path: Path) -> str:
+    return str(getattr(path, "kind", type(path).__name__))

@@ -1,0 +1,46 @@
+"""Copying: generated samples that are too near to a training sample."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import Refused
+from ..registry import metric
+from ..rng import Source
+from .base import Metric, Sample, Score, mean_score
+from .distances import nearest
+
+QUANTILE = 0.05
+
+
+def to_train(sample: Sample, train: Tensor) -> Tensor:
+    """Distance of every sample to its nearest training sample, in the samples' own space; kept with it."""
+    key = ("to_train", id(train))
+    if key not in sample.memo:
+        if sample.flat is None:
+            raise Refused("copying is measured on the samples themselves: pass flat")
+        exact = sample.flat.shape[1] <= 8
+        a, b = (sample.flat.double(), train.double()) if exact else (sample.flat.float(), train.float())
+        sample.memo[key] = nearest(a, b)[0]
+    found: Tensor = sample.memo[key]
+    return found
+
+
+@metric("copied")
+class Copied(Metric):
+    """Share of samples nearer to a training sample than the nearest 5 % of held-out real ones are.
+
+    Distances are Euclidean on pixels (or coordinates). 0.05 is honest; much more is memorising. It does not
+    see copies that are shifted or recoloured. ``real`` is held-out data and carries ``train``.
+    """
+
+    better: ClassVar[Literal["lower", "higher"]] = "lower"
+
+    def __call__(self, fake: Sample, real: Sample, rng: Source) -> Score:
+        if real.train is None:
+            raise Refused("copying needs the training samples: pass train with the real ones")
+        limit = torch.quantile(to_train(real, real.train).double(), QUANTILE)
+        return mean_score(to_train(fake, real.train).double() < limit, rng)

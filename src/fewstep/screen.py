@@ -1,0 +1,165 @@
+"""What a person sees: progress on stderr while a job runs, results as tables or JSON on stdout.
+
+Rich is imported when something is drawn, so that the command line starts at once.
+"""
+
+from __future__ import annotations
+
+import json as jsonlib
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+class Screen:
+    """What a person sees while a job runs, on stderr: a bar on a terminal, plain lines elsewhere (a ``Watch``)."""
+
+    def __init__(self, quiet: bool, verbose: int, json: bool) -> None:
+        self.quiet, self.json = quiet, json
+        self.live = sys.stderr.isatty() and not quiet
+        self.totals: dict[str, int] = {}
+        self.since: dict[str, tuple[float, float]] = {}
+        self.bars: dict[str, Any] = {}
+        self.progress: Any = None
+        if verbose == 0:
+            import warnings
+
+            warnings.filterwarnings("ignore")
+        else:
+            import logging
+
+            logging.basicConfig(level=logging.DEBUG if verbose > 1 else logging.INFO)
+
+    def __enter__(self) -> Screen:
+        if self.live:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self.progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=30),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}", style="dim"),
+                console=Console(stderr=True),
+            )
+            self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None
+
+    def say(self, line: str) -> None:
+        if self.progress is not None:
+            self.progress.console.print(line, markup=False, highlight=False)
+        elif not self.quiet:
+            print(line, file=sys.stderr, flush=True)
+
+    def start(self, label: str, total: int) -> None:
+        self.totals[label], self.since[label] = total, (time.monotonic(), time.monotonic())
+        if self.progress is not None:
+            self.bars[label] = self.progress.add_task(label, total=total, rate="", note="")
+
+    def advance(self, label: str, done: int, note: str = "") -> None:
+        now, (start, said) = time.monotonic(), self.since[label]
+        rate = done / max(now - start, 1e-9)
+        if self.progress is not None:
+            fields = {"rate": f"{rate:.3g}/s", **({"note": note} if note else {})}
+            self.progress.update(self.bars[label], completed=done, **fields)
+        elif now - said > 10:
+            self.since[label] = (start, now)
+            left = (self.totals[label] - done) / max(rate, 1e-9)
+            self.say(f"{label} {done}/{self.totals[label]}, {rate:.3g}/s, {left:.0f} s left{note and ', ' + note}")
+
+    def finish(self, label: str) -> None:
+        taken = time.monotonic() - self.since.pop(label)[0]
+        if self.progress is not None:
+            self.progress.update(self.bars[label], completed=self.totals[label], note=f"{taken:.0f} s")
+        else:
+            self.say(f"{label} done in {taken:.1f} s")
+
+    def result(self, value: Any, text: str) -> None:
+        """The answer of a command, on stdout: JSON for programs, text for people."""
+        print(jsonlib.dumps(_plain(value), indent=2) if self.json else text, flush=True)
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it: paths are text, and what is no number is null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if value == value and abs(value) != float("inf") else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Rows as text, coloured where stdout is a terminal; never cut where it is not."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE, pad_edge=False, header_style="bold")
+    for index, name in enumerate(columns):
+        numbers = all(isinstance(row[index], int | float | None) for row in rows)
+        table.add_column(name, justify="right" if numbers else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(_cell(item)) for item in row))
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    with console.capture() as text:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in text.get().strip("\n").splitlines())
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def lines_of(facts: dict[str, Any], indent: str = "") -> str:
+    """Facts as indented lines, nested ones below their name."""
+    lines = []
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}{key}", lines_of(value, indent + "  ")] if value else []
+        else:
+            lines.append(f"{indent}{key:<{max(2, 24 - len(indent))}} {_cell(value)}")
+    return "\n".join(lines)
+
+
+REPORT = {
+    "model": "model",
+    "nfe": "calls",
+    "frechet": "Fréchet",
+    "frechet_spread": "±",
+    "excess": "excess",
+    "precision": "precision",
+    "recall": "recall",
+    "coverage": "coverage",
+    "copied": "copied",
+    "accuracy": "accuracy",
+    "samples_per_s": "samples/s",
+}
+
+
+def report_text(report: dict[str, Any], where: Path | None = None) -> str:
+    rows = report.get("rows", [])
+    used = [key for key in REPORT if any(row.get(key) is not None for row in rows)]
+    lines = [table([REPORT[key] for key in used], [[row.get(key) for key in used] for row in rows])] if rows else []
+    student = next((row for row in rows if row.get("model") == "student"), None)
+    if student and student.get("excess") is not None:
+        than = "better" if student["excess"] < 1 else "worse"
+        lines.append(
+            f"\nexcess {student['excess']:.2f}: {than} than the teacher's best sampler at 8 calls or fewer (1 = as good)"
+        )
+    return "\n".join([*lines, *([f"report: {where}"] if where else [])])

@@ -1,0 +1,81 @@
+"""A cheap look at a student's samples while it trains: collapse does not show in losses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..cond import Cond
+from ..student import Student
+from ..tasks.base import Task
+
+ROWS = 64
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a glance at samples says, each as a ratio to real data: 1 is like the data.
+
+    ``diversity``: mean distance between two samples. ``spread``: standard deviation over everything.
+    ``saturation``: share of values beyond the value range, not a ratio. ``grid``: energy at the finest
+    frequency, where upsampling artefacts live.
+    """
+
+    diversity: float
+    spread: float
+    saturation: float
+    grid: float
+
+    @property
+    def healthy(self) -> bool:
+        return self.diversity > 0.4 and 0.3 < self.spread < 3 and self.grid < 10
+
+    def warning(self) -> str | None:
+        """One plain sentence where something is wrong."""
+        if self.diversity <= 0.4:
+            return f"samples look alike (diversity {self.diversity:.2f} of the data's): the student is collapsing"
+        if not 0.3 < self.spread < 3:
+            return f"samples have {self.spread:.2f} times the data's spread: the student is drifting away"
+        if self.grid >= 10:
+            return f"samples have {self.grid:.0f} times the data's finest pattern: grid artefacts"
+        return None
+
+
+class Prober:
+    """Looks at the same few noises each time."""
+
+    def __init__(self, task: Task, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        count = min(ROWS, len(task.train))
+        real = task.train.rows(torch.randperm(len(task.train), generator=generator)[:count])
+        self.cond: Cond = real.cond
+        self.noise = torch.randn(count, *task.shape, generator=generator)
+        self.task = task
+        self.facts = self._facts(real.data)
+
+    def __call__(self, student: Student) -> tuple[Probe, Tensor]:
+        """The probe and the samples."""
+        device = next(student.parameters()).device
+        from ..cond import move
+
+        training = student.training
+        student.eval()
+        with torch.no_grad():
+            samples = student.generate(self.noise.to(device), move(self.cond, device)).float().cpu()
+        student.train(training)
+        here = self._facts(samples)
+        ratios = [a / max(b, 1e-12) for a, b in zip(here, self.facts, strict=True)]
+        low, high = self.task.value_range or (-float("inf"), float("inf"))
+        margin = 0.05 * (high - low) if self.task.value_range else 0.0
+        beyond = ((samples < low - margin) | (samples > high + margin)).float().mean()
+        return Probe(ratios[0], ratios[1], float(beyond), ratios[2]), samples
+
+    @staticmethod
+    def _facts(x: Tensor) -> tuple[float, float, float]:
+        flat = x.flatten(1)
+        fine = (x[..., ::2, ::2] - x[..., 1::2, ::2] - x[..., ::2, 1::2] + x[..., 1::2, 1::2]).square() if (
+            x.ndim == 4 and x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0
+        ) else flat.square()
+        return float(torch.pdist(flat).mean()), float(flat.std()), float(fine.mean())
