@@ -45,8 +45,7 @@ def reached(index: str) -> bool:
 
     def ask() -> None:
         with contextlib.suppress(OSError, ValueError):
-            with urllib.request.urlopen(f"{index.rstrip('/')}/torch/", timeout=PATIENCE) as answer:
-                answers.append(answer.status)
+            answers.append(urllib.request.urlopen(f"{index.rstrip('/')}/torch/", timeout=PATIENCE).status)
 
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 from . import registry
 from .errors import Refused
@@ -59,8 +59,8 @@ def _bar(bar: Any) -> str:
 def _paper_rows() -> list[dict[str, Any]]:
     papers: dict[str, dict[str, Any]] = {}
     recipes = _recipe_rows()
-    for kind, registry in REGISTRIES.items():
-        for entry in registry:
+    for kind, entries in REGISTRIES.items():
+        for entry in entries:
             for paper in entry.papers:
                 row = papers.setdefault(
                     paper.arxiv,
@@ -73,7 +73,7 @@ def _paper_rows() -> list[dict[str, Any]]:
                     },
                 )
                 row["lives in"].append(f"{kind}:{entry.name}")
-                row["level"] = entry.level
+                row["level"] = max(row.get("level", "none"), entry.level, key=get_args(registry.Level).index)
                 for recipe in recipes:
                     named = paper.row in recipe["papers"] or paper.arxiv in recipe["papers"]
                     if named and recipe["name"] not in row["recipes"]:

@@ -224,18 +224,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", "DISABLE_TELEMETRY"):
         os.environ.setdefault(name, "1")  # nothing that we stand on reports home
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    left: _Left
     try:
         code = int(app(args=arguments, prog_name="fewstep", standalone_mode=False) or 0)
         sys.stdout.flush()
+        return code
     except Usage as error:
-        left: _Left | None = _Left(2, _usage_line(error))
+        left = _Left(2, _usage_line(error))
     except _Left as error:
         left = error
     except (Exception, KeyboardInterrupt) as error:
         left = _verdict(error)
         left.__cause__ = error
-    else:
-        return code
     if left.__cause__ is not None and loud:
         traceback.print_exception(left.__cause__)
     if left.code == 0:  # the reader of stdout has seen enough

@@ -159,7 +159,6 @@ def report_text(report: dict[str, Any], where: Path | None = None) -> str:
     student = next((row for row in rows if row.get("model") == "student"), None)
     if student and student.get("excess") is not None:
         than = "better" if student["excess"] < 1 else "worse"
-        lines.append(
-            f"\nexcess {student['excess']:.2f}: {than} than the teacher's best sampler at 8 calls or fewer (1 = as good)"
-        )
+        best = "the teacher's best sampler at 8 calls or fewer"
+        lines.append(f"\nexcess {student['excess']:.2f}: {than} than {best} (1 = as good)")
     return "\n".join([*lines, *([f"report: {where}"] if where else [])])
