@@ -120,6 +120,21 @@ def test_the_exact_flow_moves_by_the_slope_in_the_path_s_own_frame(path):
 
 
 @every_path
+def test_a_step_along_the_true_slope_of_one_point_lands_on_the_path(path):
+    x0, eps = torch.randn(2, 3, 2, dtype=torch.float64, generator=seeded(0))
+    s, t = inner_times(path)[[1, 4]]
+    x_t, slope = path.corrupt(x0, t, eps), pair_of(path.slope, x0, eps, path.coefs(t))
+    for later, now in ((s.item(), t.item()), (s, t), (s.expand(3), t.expand(3))):
+        assert close(path.move(x_t, slope, now, later), path.corrupt(x0, s, eps), 1e-10)
+
+
+@every_path
+def test_straight_time_has_the_same_noise_ratio(path):
+    t = inner_times(path)
+    assert close(Straight().lam(path.straight(t)), path.lam(t), 1e-8)
+
+
+@every_path
 def test_noised_samples_have_the_stated_mean_and_spread(path):
     count, t = 100_000, inner_times(path)[4].item()
     eps = torch.randn(count, 1, dtype=torch.float64, generator=seeded(0))

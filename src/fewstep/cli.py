@@ -193,7 +193,7 @@ def command(function: Command) -> Command:
             function(*args, **kwargs)
         except (typer.Exit, typer.Abort, Usage):
             raise
-        except BaseException as error:
+        except (Exception, KeyboardInterrupt) as error:
             raise _verdict(error) from error
 
     app.command(function.__name__.strip("_"))(guarded)

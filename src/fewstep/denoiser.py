@@ -313,11 +313,13 @@ def _tensor(output: Any) -> Tensor:
 def choose_taps(net: nn.Module, run: Callable[[], Any], count: int = 1) -> tuple[str, ...]:
     """Pick ``count`` submodules to read features from, by running the network once.
 
-    Works on any network: candidates are submodules called exactly once, outside which the answer still
-    changes, with a float output of at least two dimensions per batch. The deepest (most channels over
-    least positions) in the middle of the call order wins; more taps are spread before it.
+    Works on any network: candidates are blocks (submodules of several parts) called exactly once, with a float
+    input and a float output of at least two dimensions, batch included; in a flat network without blocks, any
+    part but the last. The deepest (most channels over least positions) in the middle of the call order wins;
+    more taps are spread before it.
     """
     order: list[tuple[str, int, int]] = []
+    blocks: set[str] = set()
     handles = []
     calls: dict[str, int] = {}
 
@@ -339,6 +341,8 @@ def choose_taps(net: nn.Module, run: Callable[[], Any], count: int = 1) -> tuple
 
     for name, module in net.named_modules():
         if name and list(module.children()) or isinstance(module, nn.SiLU):
+            blocks.add(name)
+        if name:
             handles.append(module.register_forward_hook(watch(name)))
     try:
         with torch.no_grad():
@@ -346,7 +350,8 @@ def choose_taps(net: nn.Module, run: Callable[[], Any], count: int = 1) -> tuple
     finally:
         for handle in handles:
             handle.remove()
-    spatial = [o for o in order if calls[o[0]] == 1]
+    once = [o for o in order if calls[o[0]] == 1]
+    spatial = [o for o in once if o[0] in blocks] or once[:-1]
     many = [o for o in spatial if o[2] > 1]
     candidates = many or spatial
     if not candidates:

@@ -14,9 +14,8 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 
 
-def run_pipeline(folder, seed, labels, count, call, kind):
-    """What the stock pipeline hands to its last scheduler step's caller: samples before any clamp."""
-    import torch
+def load_pipeline(folder, kind):
+    """The stock pipeline, quiet and from this folder alone."""
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging
 
@@ -25,10 +24,20 @@ def run_pipeline(folder, seed, labels, count, call, kind):
     if type(pipe).__name__ != kind:
         raise SystemExit(f"the folder loads as {type(pipe).__name__}, the contract says {kind}")
     pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def run_pipeline(pipe, seed, labels, count, call):
+    """What the last scheduler step gives inside ``pipe(...)``: samples before any decoding or clamp."""
+    import inspect
+
+    import torch
+
+    wanted = inspect.signature(type(pipe).__call__).parameters
     arguments = dict(call, generator=torch.Generator().manual_seed(seed), output_type="pt")
     if labels is not None:
         arguments["class_labels"] = labels.tolist()
-    if kind != "DiTPipeline":
+    if "batch_size" in wanted:
         arguments["batch_size"] = count
     seen = []
     plain = pipe.scheduler.step
@@ -39,7 +48,10 @@ def run_pipeline(folder, seed, labels, count, call, kind):
         return answer
 
     pipe.scheduler.step = step
-    pictures = pipe(**arguments).images
+    try:
+        pictures = pipe(**arguments).images
+    finally:
+        del pipe.scheduler.step
     if not torch.isfinite(torch.as_tensor(pictures)).all():
         raise SystemExit("the pipeline's pictures hold a NaN or an infinity")
     return seen[-1][:count]
@@ -53,7 +65,8 @@ def run_program(folder, noise, labels):
     return program(noise) if labels is None else program(noise, labels)
 
 
-def main(folder):
+def compare(folder):
+    """The largest error of every step count, as a share of the largest value (at least 1)."""
     import torch
     from safetensors import safe_open
 
@@ -61,22 +74,24 @@ def main(folder):
         facts = json.loads(file.metadata()["golden"])
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     labels, noise = tensors.get("labels"), tensors["noise"]
+    pipe = None if facts["pipeline"] is None else load_pipeline(folder, facts["pipeline"])
     errors = {}
     for steps, call in facts["calls"].items():
         wanted = tensors[f"output_{steps}"]
-        if facts["pipeline"] is None:
+        if pipe is None:
             got = run_program(folder, noise, labels)
         elif call is None:
             continue
         else:
-            got = run_pipeline(folder, facts["seed"], labels, len(wanted), call, facts["pipeline"])
+            got = run_pipeline(pipe, facts["seed"], labels, len(wanted), call)
         if got.shape != wanted.shape:
-            raise SystemExit(f"{steps} step(s) gave shape {list(got.shape)}, the golden sample has {list(wanted.shape)}")
+            raise SystemExit(f"{steps} step(s) gave {list(got.shape)}, the golden sample has {list(wanted.shape)}")
         size = max(1.0, float(wanted.abs().max()))
         errors[steps] = float((torch.as_tensor(got).float() - wanted).abs().max()) / size
-    assert "fewstep" not in sys.modules
-    print(json.dumps({"errors": errors}))
+    return errors
 
 
 if __name__ == "__main__":
-    main(str(Path(sys.argv[1]).resolve()))
+    found = compare(str(Path(sys.argv[1]).resolve()))
+    assert "fewstep" not in sys.modules
+    print(json.dumps({"errors": found}))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib.metadata
+import importlib.util
 import inspect
 import json
 import os
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..cond import Cond
 from ..denoiser import Denoiser, Wrapped
-from ..errors import Failed, Refused, need
+from ..errors import Failed, MissingExtra, Refused
 from ..part import Part
 from ..student import Student
 from .card import card
@@ -37,6 +39,20 @@ PROGRAM = "model.pt2"
 TOLERANCE = 1e-4  # of the largest value, or of 1: between two implementations in float32
 DRIFT = 1e-3  # a loaded golden sample further off than this earns a warning
 COUNT = 4
+# what UNet2DModel assumes where it is told nothing: written out, so that a later release assumes the same
+UNET_DEFAULTS: dict[str, Any] = {
+    "center_input_sample": False,
+    "time_embedding_type": "positional",
+    "freq_shift": 0,
+    "flip_sin_to_cos": True,
+    "mid_block_scale_factor": 1,
+    "downsample_padding": 1,
+    "downsample_type": "conv",
+    "upsample_type": "conv",
+    "act_fn": "silu",
+    "norm_eps": 1e-5,
+    "class_embed_type": None,
+}
 SCRIPT = File(__file__).with_name("golden.py")
 
 
@@ -184,6 +200,12 @@ def _prepared(student: Student) -> Student:
     return twin
 
 
+def _need_diffusers() -> None:
+    """Say what is missing before any work, without the seconds that an import takes."""
+    if importlib.util.find_spec("diffusers") is None:
+        raise MissingExtra("diffusers", "diffusers")
+
+
 def _ours(net: nn.Module) -> bool:
     config = getattr(net, "config", None)
     return isinstance(config, Part) and hasattr(config, "kind")
@@ -204,7 +226,7 @@ def _write(
 ) -> Check:
     plain, reason = _planned(student, facts["classes"], teacher, fold)
     if plain is not None:
-        need("diffusers", "diffusers")
+        _need_diffusers()
         student = plain.student
     one = wrapped(student)
     net = inner_network(one.net)
@@ -349,33 +371,49 @@ def read_golden(folder: File) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _write_pipeline(folder: File, net: nn.Module, plain: Plain, teacher: Teacher | None) -> None:
+    if teacher is None or teacher.recording is None or teacher.pipeline is None:
+        _write_unet(folder, net, plain)
+        return
     offline()
     import diffusers
 
     kind, scheduler = getattr(diffusers, plain.pipeline), getattr(diffusers, plain.scheduler)
     wanted = inspect.signature(scheduler.__init__).parameters
-    parts: dict[str, Any] = {}
-    if teacher is not None and teacher.recording is not None and teacher.pipeline is not None:
-        parts = dict(teacher.pipeline.components)
-        parts[teacher.recording.part] = net
-    else:
-        from diffusers import UNet2DModel
-
-        twin = UNet2DModel(**net.config.to_diffusers())  # type: ignore[union-attr, operator]
-        twin.load_state_dict(net.state_dict())
-        parts["unet"] = twin.eval()
+    parts = dict(teacher.pipeline.components)
+    parts[teacher.recording.part] = net
     parts["scheduler"] = scheduler(**{k: v for k, v in plain.config.items() if k in wanted})
     accepted = inspect.signature(kind.__init__).parameters
     pipe = kind(**{k: v for k, v in parts.items() if k in accepted})
     pipe.save_pretrained(str(folder), safe_serialization=True)
-    names = getattr(teacher.pipeline, "labels", None) if teacher is not None else None
+    names = getattr(teacher.pipeline, "labels", None)
     if names and "id2label" in accepted:  # the stock class forgets the names of its labels when it is saved
         by_id: dict[str, list[str]] = {}
         for word, number in names.items():
             by_id.setdefault(str(number), []).append(word)
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         index["id2label"] = {number: ", ".join(words) for number, words in by_id.items()}
-        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        _write_json(folder / "model_index.json", index)
+
+
+def _write_unet(folder: File, net: nn.Module, plain: Plain) -> None:
+    """A U-Net of ours as a stock pipeline, file by file: diffusers itself is loaded by the fresh process alone."""
+    from safetensors.torch import save_file
+
+    stamp = {"_diffusers_version": importlib.metadata.version("diffusers")}
+    for name in ("unet", "scheduler"):
+        (folder / name).mkdir()
+    index = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", plain.scheduler]}
+    _write_json(folder / "model_index.json", {"_class_name": plain.pipeline, **stamp, **index})
+    unet = {**UNET_DEFAULTS, **net.config.to_diffusers()}  # type: ignore[union-attr, operator]
+    _write_json(folder / "unet" / "config.json", {"_class_name": "UNet2DModel", **stamp, **unet})
+    _write_json(
+        folder / "scheduler" / "scheduler_config.json", {"_class_name": plain.scheduler, **stamp, **plain.config}
+    )
+    save_file({k: v.contiguous() for k, v in net.state_dict().items()}, str(folder / "unet" / PART_WEIGHTS))
+
+
+def _write_json(file: File, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _write_own(folder: File, net: nn.Module) -> None:
@@ -457,7 +495,7 @@ def _checked(folder: File, run_program: bool = False, timeout: float = 900) -> C
         kind, _ = components(folder)
         if kind != contract.pipeline:
             raise Refused(f"{folder}: model_index.json says {kind}, fewstep.json says {contract.pipeline}")
-        need("diffusers", "diffusers")
+        _need_diffusers()
     else:
         scan(folder)
     golden, facts = read_golden(folder)

@@ -18,7 +18,7 @@ from ..registry import Paper, method
 from ..rng import Source
 from ..student import Student, trainable_copy
 from .denoising import Weight, level_weight
-from .families.score_gap import Adversary, Divergence, GanOptions, gap, one_in, ratio_weight, rollout, same_path
+from .families.score_gap import Adversary, Divergence, GanOptions, gap, one_in, ratio_weight, rollout, same_path, still
 
 
 class DMD2Options(Part):
@@ -99,7 +99,10 @@ class DMD2(Method):
 
     def loss(self, player: str, batch: Batch, rng: Source) -> Loss:
         x = rollout(self.student, batch.noise, batch.cond, rng, player == "student", self.options.steps)
-        return self._critic(x, batch, rng) if player == "critic" else self._student(x, batch, rng)
+        if player == "critic":
+            return self._critic(x, batch, rng)
+        with still(self.critic):
+            return self._student(x, batch, rng)
 
     def _student(self, x: Tensor, batch: Batch, rng: Source) -> Loss:
         options, path, gan = self.options, self.student.path, self.options.gan

@@ -52,8 +52,8 @@ def manifold(fake: Sample, real: Sample, k: int = 5) -> Manifold:
             precise[part], balls[part] = inside.any(1), inside.sum(1).float()
             recalled |= (table <= own[part, None]).any(0)
             closest = torch.minimum(closest, table.min(0).values)
-        fake.memo[key] = Manifold(precise, balls, recalled, closest <= theirs)
-    found: Manifold = fake.memo[key]
+        fake.memo[key] = real, Manifold(precise, balls, recalled, closest <= theirs)  # held, so that its id stays its own
+    found: Manifold = fake.memo[key][1]
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shutil
 import signal
 import threading
 import time
@@ -160,6 +161,9 @@ class Trainer:
         prober = Prober(task, mix(recipe.seed, "probe"))
         every = recipe.checkpoint.every or max(steps // 10, 1)
         probe_every = recipe.log.probe or max(steps // PROBES, 1)
+        if not resume:
+            for old in (self.run / "checkpoints").glob(f"stage_{self.stage}_*"):
+                shutil.rmtree(old, ignore_errors=True)
         first = self._load(method, players, average) if resume else 0
         skipped = torch.zeros((), device=self.device)
         in_a_row = torch.zeros((), device=self.device)
@@ -203,7 +207,8 @@ class Trainer:
                 if self._stop.is_set() or (done % every == 0 and done < steps):
                     self.seconds += time.perf_counter() - began
                     began = time.perf_counter()
-                    self._keep(method, players, average, done)
+                    if not int(in_a_row):  # a state that cannot go on is not worth keeping
+                        self._keep(method, players, average, done)
                     if self._stop.is_set():
                         raise Interrupted(self.resume_line)
         self.seconds += time.perf_counter() - began
@@ -346,8 +351,6 @@ class Trainer:
         }
         save_state(target, self._state(method, players, average), facts)
         for old in sorted(folder.glob("stage_*"))[: -self.recipe.checkpoint.keep]:
-            import shutil
-
             shutil.rmtree(old, ignore_errors=True)
 
     def _load(self, method: Method, players: dict[str, Player], average: Average | None) -> int:

@@ -7,7 +7,8 @@ the weight over levels, of guidance, of the roll-out, and of what is added.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -115,6 +116,7 @@ class Adversary(nn.Module):
         self.options = options
         example = self.choose(denoiser, shape, options.taps)
         self.head = FeatureHead(example, options.width, classes if options.conditional else None)
+        self.head.to(example[0].device, torch.promote_types(example[0].dtype, torch.float32))
 
     @staticmethod
     @torch.no_grad()
@@ -135,7 +137,7 @@ class Adversary(nn.Module):
 
     def forward(self, features: Features, cond: Cond = None) -> Tensor:
         """Logits [batch, 1], large for real."""
-        logits: Tensor = self.head([f.float() for f in features], cond)
+        logits: Tensor = self.head([f.to(torch.promote_types(f.dtype, torch.float32)) for f in features], cond)
         return logits
 
     def critic_loss(self, features: Features, cond: Cond) -> Tensor:
@@ -161,6 +163,22 @@ class Adversary(nn.Module):
             here, there = both.chunk(2)
             size = r1_by_difference(here, there, step)
         return self.options.r1 / 2 * self.options.r1_every * size
+
+
+@contextmanager
+def still(module: nn.Module) -> Iterator[None]:
+    """Inside, calls of a module carry gradients to what it is given and none to its parameters.
+
+    Another player's turn neither pays for them nor leaves any behind.
+    """
+    learning = [p for p in module.parameters() if p.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
 
 
 def one_in(count: int, rng: Source) -> bool:

@@ -1,0 +1,76 @@
+"""The package as a user's shell and another program meet it: what an import costs, what ships, what is promised."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+import fewstep
+from fewstep.machine import EXTRAS
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def loaded_by(statement: str) -> set[str]:
+    """The top-level modules that a fresh interpreter holds after a statement."""
+    code = f"{statement}\nimport sys\nprint(*{{name.split('.')[0] for name in sys.modules}})"
+    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_importing_the_command_line_loads_neither_torch_nor_pydantic_models_nor_rich():
+    assert not loaded_by("import fewstep.cli") & {"torch", "numpy", "diffusers", "rich", "sklearn"}
+
+
+def test_importing_fewstep_loads_no_library_at_all():
+    assert not loaded_by("import fewstep") & {"torch", "diffusers", "sklearn", "matplotlib", "scipy", "transformers"}
+
+
+@pytest.mark.parametrize("module", ["methods", "solvers", "teachers.laws", "registry", "train.recipe", "tasks"])
+def test_the_mathematics_loads_torch_but_no_extra(module):
+    modules = loaded_by(f"import fewstep.{module}")
+    assert "torch" in modules or module == "registry"
+    assert not modules & {"diffusers", "sklearn", "matplotlib", "scipy", "transformers", "torchmetrics", "PIL"}
+
+
+def test_every_pin_of_the_constraints_is_a_thing_that_is_asked_for_or_kept_out():
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]+(==[0-9][0-9a-z.]*|<0)", pin) for pin in pins)
+    assert {"torchvision<0", "torchaudio<0"} <= set(pins)
+    asked = [*PROJECT["dependencies"], *(need for extra in PROJECT["optional-dependencies"].values() for need in extra)]
+    pinned = {normal(pin) for pin in pins}
+    assert {normal(need) for need in asked} - {"fewstep"} <= pinned
+
+
+def normal(requirement: str) -> str:
+    return re.split(r"[^A-Za-z0-9_-]", requirement)[0].lower().replace("_", "-")
+
+
+def test_the_core_asks_for_seven_light_packages_and_no_more():
+    asked = {normal(need) for need in PROJECT["dependencies"]}
+    assert asked == {"torch", "numpy", "safetensors", "pydantic", "tomlkit", "typer", "rich"}
+
+
+def test_doctor_knows_every_extra_that_can_be_installed():
+    assert set(EXTRAS) == set(PROJECT["optional-dependencies"]) - {"standard", "dev"}
+    for extra, modules in EXTRAS.items():
+        assert len(modules) == len(PROJECT["optional-dependencies"][extra])
+
+
+def test_the_package_carries_its_type_marker_and_one_version():
+    assert resources.files("fewstep").joinpath("py.typed").is_file()
+    assert re.fullmatch(r"\d+\.\d+\.\d+", fewstep.__version__)
+    assert f"## {fewstep.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_every_target_that_the_makefile_promises_is_there():
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in ("demo", "test", "verify", "lint", "bench", "docs", "clean", "help"):
+        assert re.search(rf"^{target}:", text, re.MULTILINE), target
