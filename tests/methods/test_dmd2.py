@@ -370,14 +370,14 @@ def test_pairs_pull_the_first_step_towards_the_teachers_answers(steps):
 def test_a_short_run_brings_the_students_law_to_that_of_a_mixture(gan):
     law = mixture()
     student = Student(mlp(width=64, seed=1), (2,))
-    options = DMD2Options(levels=UNIFORM, critic_levels=NoiseSampler(low=0.02), critic_turns=3, gan=gan)
+    options = DMD2Options(levels=UNIFORM, critic_levels=NoiseSampler(low=0.02), critic_turns=2, gan=gan)
     game = DMD2(law, student, options, critic=mlp(width=64, seed=2))
     noise, real = torch.randn(2000, 2, generator=seeded(1)), law.sample(2000, seeded(2), dtype=torch.float32)
     before = sliced_distance(student.generate(noise).detach(), real)
-    play(game, stream(law, 128), 300, rate=2e-3, betas=(0.0, 0.99))
+    play(game, stream(law, 64), 200 if gan is None else 150, rate=4e-3, betas=(0.0, 0.99))
     after = sliced_distance(student.generate(noise).detach(), real)
     assert before > 1
-    assert after < 0.4
+    assert after < before / 2
 
 
 def test_the_exact_student_of_a_gaussian_has_no_pull_when_it_is_watched_by_the_law_itself():
