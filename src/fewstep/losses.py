@@ -44,17 +44,22 @@ def distance(name: str, guess: Tensor, target: Tensor, c: float = 0.0) -> Tensor
     raise ValueError(f"unknown distance {name!r}: one of l2, l1, huber")
 
 
+def _row_mean(value: Tensor) -> Tensor:
+    """The mean of each row: [batch] from [batch] or [batch, ...]."""
+    return value.reshape(value.shape[0], -1).mean(1)
+
+
 def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
     """``softplus(-real) + softplus(fake)`` over logits [batch, ...], a mean a row.
 
     Its optimum over functions is ``logit = log p_real - log p_fake``, its value there 2 log 2 - 2 JS.
     """
-    return F.softplus(-real).flatten(1).mean(1) + F.softplus(fake).flatten(1).mean(1)
+    return _row_mean(F.softplus(-real)) + _row_mean(F.softplus(fake))
 
 
 def generator_loss(fake: Tensor) -> Tensor:
     """Non-saturating: ``softplus(-fake)``, a mean a row (Goodfellow et al. 2014)."""
-    return F.softplus(-fake).flatten(1).mean(1)
+    return _row_mean(F.softplus(-fake))
 
 
 def r1_penalty(logits: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -65,7 +70,7 @@ def r1_penalty(logits: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """
     x = x.detach().requires_grad_(True)
     with torch.enable_grad():
-        value = logits(x).flatten(1).mean(1)
+        value = _row_mean(logits(x))
         (slope,) = torch.autograd.grad(value.sum(), x, create_graph=True)
     return slope.square().flatten(1).sum(1)
 
@@ -75,7 +80,7 @@ def r1_by_difference(real: Tensor, moved: Tensor, step: float) -> Tensor:
 
     Its mean over n is ``||dD/dx||^2`` to first order in the step.
     """
-    return (moved.flatten(1).mean(1) - real.flatten(1).mean(1)).square() / step**2
+    return (_row_mean(moved) - _row_mean(real)).square() / step**2
 
 
 def stopped_pull(x: Tensor, direction: Tensor) -> Tensor:

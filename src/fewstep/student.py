@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .cond import Cond
 from .denoiser import Denoiser
+from .grid import descending
 from .path import Path, Time
 from .rng import Source, normal
 
@@ -51,6 +52,7 @@ class Student(nn.Module):
         for count, times in self.steps.items():
             if count != len(times) or abs(times[0] - self.start) > 1e-9:
                 raise ValueError(f"{count} steps need {count} times from {self.start:g} down, got {times}")
+            descending((*times, self.path.t_min))
 
     @property
     def path(self) -> Path:
