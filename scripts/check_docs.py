@@ -3,8 +3,8 @@
     python scripts/check_docs.py              links, commands and examples in README.md, CONTRIBUTING.md and docs/
     python scripts/check_docs.py --examples   run every file in examples/
 
-Checked: every relative link leads to a file (and to a heading of it); every ``fewstep ...`` command is one that
-the command line accepts; every block marked ```python run``` runs, and every ``>>>`` in a Python block answers as shown.
+Checked: every relative link leads to a file (and to a heading of it); every ``fewstep ...`` command is one that the
+command line accepts; every block marked ```python run``` runs, and every ``>>>`` in a Python block answers as shown.
 """
 
 from __future__ import annotations

@@ -1,16 +1,14 @@
 """This machine: devices, threads, versions, and what ``fewstep doctor`` has to say about them.
 
-Torch is imported inside the functions, so that the command line can import this file for nothing.
+Heavy imports are inside the functions, so that the command line can import this file for nothing.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import math
 import os
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -119,9 +117,12 @@ def set_threads(count: int | None = None) -> int:
 
 
 def version(package: str) -> str | None:
+    """The installed version of a package; None where it is not there."""
+    from importlib import metadata
+
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
         return None
 
 
@@ -162,6 +163,8 @@ def _conv_step() -> Callable[[], None]:
 
 def measure_threads(counts: tuple[int, ...], rounds: int = 5, steps: int = 8) -> dict[int, float]:
     """Milliseconds of a small training step with each number of threads: medians of interleaved rounds."""
+    from statistics import median
+
     import torch
 
     before = torch.get_num_threads()
@@ -177,7 +180,7 @@ def measure_threads(counts: tuple[int, ...], rounds: int = 5, steps: int = 8) ->
                 taken[count].append((time.perf_counter() - start) / steps * 1e3)
     finally:
         torch.set_num_threads(before)
-    return {count: statistics.median(times) for count, times in taken.items()}
+    return {count: median(times) for count, times in taken.items()}
 
 
 def examine() -> dict[str, Any]:
