@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +82,10 @@ class Method(nn.Module, ABC):
     players: ClassVar[tuple[str, ...]] = ("student",)
     needs_teacher: ClassVar[bool] = True
     needs_data: ClassVar[bool] = True
+    makes: ClassVar[Literal["student", "teacher"]] = "student"
+    straight: ClassVar[bool] = False  # wants the straight path; others are seen through Reframed
+    flow_map: ClassVar[bool] = False  # wants a network that reads the length of the jump
+    guides: ClassVar[bool] = False  # guides the teacher itself; the others get a guided one
 
     student: Student
     step: int = 0  # the trainer says which step it is, before each turn

@@ -32,6 +32,7 @@ class Student(nn.Module):
     start: the time of the first step; the sample there is ``start_scale * noise``.
     steps: for every step count that the student serves, its times from ``start`` down, t_min left out.
     policy: between steps ``ode`` goes on along the flow, ``renoise`` corrupts the guess with fresh noise.
+    classes: how many labels its condition has; None where it is not a label.
     """
 
     def __init__(
@@ -43,9 +44,10 @@ class Student(nn.Module):
         start_scale: float | None = None,
         steps: Mapping[int, tuple[float, ...]] | None = None,
         policy: Policy = "ode",
+        classes: int | None = None,
     ) -> None:
         super().__init__()
-        self.denoiser, self.shape, self.policy = denoiser, tuple(shape), policy
+        self.denoiser, self.shape, self.policy, self.classes = denoiser, tuple(shape), policy, classes
         self.start = denoiser.path.t_max if start is None else float(start)
         self.start_scale = float(denoiser.path.coefs(self.start).sigma) if start_scale is None else float(start_scale)
         self.steps: dict[int, tuple[float, ...]] = {1: (self.start,)} if steps is None else dict(steps)

@@ -9,7 +9,13 @@ from typing import Any
 from .contract import Contract
 
 
-def card(contract: Contract, *, table: Sequence[Mapping[str, Any]] = (), notes: Sequence[str] = (), pictures: bool = False) -> str:
+def card(
+    contract: Contract,
+    *,
+    table: Sequence[Mapping[str, Any]] = (),
+    notes: Sequence[str] = (),
+    pictures: bool = False,
+) -> str:
     """README.md of a model folder, with front matter."""
     few = contract.role == "student"
     counts = ", ".join(str(s.count) for s in contract.steps)
@@ -33,7 +39,8 @@ def card(contract: Contract, *, table: Sequence[Mapping[str, Any]] = (), notes: 
     lines += ["", "## Use", "", *_use(contract)]
     rows = [["steps", "times", "sigma", "between steps", "plain diffusers"]]
     for one in contract.steps:
-        call = "not possible" if one.call is None else "`pipe(" + ", ".join(f"{k}={v}" for k, v in one.call.items()) + ")`"
+        arguments = ", ".join(f"{key}={value}" for key, value in (one.call or {}).items())
+        call = "not possible" if one.call is None else f"`pipe({arguments})`"
         if contract.pipeline is None:
             call = "`model.pt2`" if contract.program == "model.pt2" and one.count == 1 else "not possible"
         rows.append([str(one.count), _numbers(one.times), _numbers(one.sigmas), one.policy, call])
@@ -69,7 +76,8 @@ def card(contract: Contract, *, table: Sequence[Mapping[str, Any]] = (), notes: 
 def _use(contract: Contract) -> list[str]:
     if contract.pipeline is None:
         if contract.program != "model.pt2":
-            return ["```python", "from fewstep.interop import load_student", "", 'student = load_student(".").student', "```"]
+            load = ["from fewstep.interop import load_student", "", 'student = load_student(".").student']
+            return ["```python", *load, "```"]
         condition = "" if contract.classes is None else ", torch.zeros(4, dtype=torch.long)"
         shape = ", ".join(map(str, contract.shape))
         return [

@@ -194,9 +194,14 @@ class Contract(Part):
         """The network as the denoiser that the contract describes."""
         around = self.preconditioning
         return Wrapped(
-            net, self.path, self.prediction, self.clock,
-            scale_input=around.scale_input, data_std=around.data_std, boundary=around.boundary,
-        )  # fmt: skip
+            net,
+            self.path,
+            self.prediction,
+            self.clock,
+            scale_input=around.scale_input,
+            data_std=around.data_std,
+            boundary=around.boundary,
+        )
 
     def student(self, net: nn.Module) -> Student:
         """The network as the student that the contract describes."""
@@ -213,7 +218,7 @@ class Contract(Part):
         )
 
     def null(self, cond: Cond) -> Cond:
-        """"No condition" for every row of a condition of labels."""
+        """ "No condition" for every row of a condition of labels."""
         return null_labels(self.null_label, cond)
 
 

@@ -8,13 +8,14 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 
 
-def load_pipeline(folder, kind):
+def load_pipeline(folder: str, kind: str) -> Any:
     """The stock pipeline, quiet and from this folder alone."""
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging
@@ -27,7 +28,7 @@ def load_pipeline(folder, kind):
     return pipe
 
 
-def run_pipeline(pipe, seed, labels, count, call):
+def run_pipeline(pipe: Any, seed: int, labels: Any, count: int, call: dict[str, Any]) -> Any:
     """What the last scheduler step gives inside ``pipe(...)``: samples before any decoding or clamp."""
     import inspect
 
@@ -39,10 +40,10 @@ def run_pipeline(pipe, seed, labels, count, call):
         arguments["class_labels"] = labels.tolist()
     if "batch_size" in wanted:
         arguments["batch_size"] = count
-    seen = []
+    seen: list[Any] = []
     plain = pipe.scheduler.step
 
-    def step(*args, **kwargs):
+    def step(*args: Any, **kwargs: Any) -> Any:
         answer = plain(*args, **kwargs)
         seen.append(answer[0] if isinstance(answer, tuple) else answer.prev_sample)
         return answer
@@ -57,7 +58,7 @@ def run_pipeline(pipe, seed, labels, count, call):
     return seen[-1][:count]
 
 
-def run_program(folder, noise, labels):
+def run_program(folder: str, noise: Any, labels: Any) -> Any:
     """What the exported program answers."""
     import torch
 
@@ -65,7 +66,7 @@ def run_program(folder, noise, labels):
     return program(noise) if labels is None else program(noise, labels)
 
 
-def compare(folder):
+def compare(folder: str) -> dict[str, float]:
     """The largest error of every step count, as a share of the largest value (at least 1)."""
     import torch
     from safetensors import safe_open

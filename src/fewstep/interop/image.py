@@ -16,7 +16,9 @@ from ..errors import Refused
 MARKER = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 
 
-def write_image(array: np.ndarray | Tensor, path: File | str, *, model: str, seed: int | None, steps: int | None) -> File:
+def write_image(
+    array: np.ndarray | Tensor, path: File | str, *, model: str, seed: int | None, steps: int | None
+) -> File:
     """Write one uint8 picture [height, width], [height, width, 1 or 3] as PNG.
 
     Its text chunks hold the model, the seed, the number of steps and a marker of generated media.

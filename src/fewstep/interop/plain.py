@@ -97,7 +97,7 @@ def _consistency(student: Student, setting: Setting) -> Plain:
     inner = sorted({t for times in several.values() for t in times[1:]}, reverse=True)
     count, rho = karras_grid(student.start, one.boundary, inner)
     steps = dict(student.steps)
-    calls: dict[int, dict[str, Any] | None] = {n: None for n in steps}
+    calls: dict[int, dict[str, Any] | None] = dict.fromkeys(steps)
     calls[1] = {"num_inference_steps": 1} if 1 in steps else None
     for n, times in several.items():
         index = [_karras_index(t, student.start, one.boundary, count, rho) for t in times]
@@ -118,7 +118,8 @@ def _consistency(student: Student, setting: Setting) -> Plain:
         "rho": rho,
         "clip_denoised": False,
     }
-    return Plain("ConsistencyModelPipeline", "CMStochasticIterativeScheduler", config, _with(student, steps), calls, tuple(notes))
+    moved = _with(student, steps)
+    return Plain("ConsistencyModelPipeline", "CMStochasticIterativeScheduler", config, moved, calls, tuple(notes))
 
 
 def karras_grid(top: float, bottom: float, inner: Sequence[float]) -> tuple[int, float]:
@@ -191,7 +192,7 @@ def _table(student: Student, setting: Setting) -> Plain:
         if renoise:
             grid = [count - 1 - math.floor(i) for i in np.linspace(0, count, num=n, endpoint=False)]
         else:
-            grid = [int(round(i)) - 1 for i in np.arange(count, 0, -count / n)]
+            grid = [round(i) - 1 for i in np.arange(count, 0, -count / n)]
         fits = (renoise or count % n == 0) and len(grid) == n
         if fits and all(abs(a - b) <= 1 for a, b in zip(index, grid, strict=True)):
             steps[n] = (student.start, *(_time_at(one, i) for i in grid[1:]))
@@ -248,13 +249,13 @@ def _betas(one: Wrapped, count: int) -> list[float]:
 def _flow(student: Student, setting: Setting) -> Plain:
     one = wrapped(student)
     if one.prediction not in ("velocity", "flow") or not isinstance(one.path, Straight) or one.clock != "1000t":
-        raise Refused(f"prediction {one.prediction!r} on the {_kind(one.path)} path with clock {one.clock!r} is no flow")
+        raise Refused(f"prediction {one.prediction!r}, {_kind(one.path)} path, clock {one.clock!r}: no stock flow")
     if one.scale_input or abs(student.start - 1) > 1e-9 or abs(student.start_scale - 1) > 1e-9:
         raise Refused("a stock flow begins with unit noise at time 1")
     if setting.pipeline not in (None, "DDPMPipeline") or (setting.labels and setting.pipeline is None):
         raise Refused(f"{setting.pipeline or 'ConsistencyModelPipeline'} does not run the flow-matching scheduler")
     shift, steps, notes = 1.0, dict(student.steps), []
-    calls: dict[int, dict[str, Any] | None] = {n: None for n in steps}
+    calls: dict[int, dict[str, Any] | None] = dict.fromkeys(steps)
     if 1 in steps:
         calls[1] = {"num_inference_steps": 1}
     if 2 in steps and student.policy == "ode":
@@ -317,11 +318,11 @@ def _folded(student: Student, setting: Setting) -> Plain:
     grow = scale_in * student.start_scale * math.sqrt(level**2 + data_std**2) / level
     twin = copy.deepcopy(student)
     folded = wrapped(twin)
-    ends = inner_network(folded.net)
+    ends: Any = inner_network(folded.net)
     with torch.no_grad():
-        ends.conv_in.weight.mul_(grow)  # type: ignore[union-attr]
-        ends.conv_out.weight.mul_(take / out)  # type: ignore[union-attr]
-        ends.conv_out.bias.mul_(take / out)  # type: ignore[union-attr]
+        ends.conv_in.weight.mul_(grow)
+        ends.conv_out.weight.mul_(take / out)
+        ends.conv_out.bias.mul_(take / out)
     path = Exploding(sigma_min=BOUNDARY, sigma_max=level)
     shipped = Student(
         Wrapped(folded.net, path, "cm", "250 log_sigma", scale_input=True, data_std=data_std, boundary=BOUNDARY),

@@ -187,9 +187,9 @@ def default_call(pipe: Any, rows: int = ROWS, steps: int = 2) -> dict[str, Any]:
 
 def _label_count(pipe: Any) -> int | None:
     for part in pipe.components.values():
-        config = getattr(part, "config", None)
+        config: Any = getattr(part, "config", None)
         for key in ("num_class_embeds", "num_embeds_ada_norm"):
-            value = config.get(key) if hasattr(config, "get") else None
+            value = config.get(key) if isinstance(config, Mapping) else None
             if isinstance(value, int):
                 return value
     return None
@@ -260,7 +260,8 @@ def _read(kind: str, pipe: Any, schedule: Schedule, calls: dict[str, list[Call]]
     found = [(name, state) for name, seen in repeated.items() if (state := _find_state(seen, steps)) is not None]
     if len(found) != 1:
         names = ", ".join(repeated)
-        raise Refused(f"{kind}: {'no' if not found else 'more than one'} network reads the noisy sample whole ({names})")
+        many = "more than one" if found else "no"
+        raise Refused(f"{kind}: {many} network reads the noisy sample whole (of {names})")
     part, state = found[0]
     seen = repeated[part]
     clock = _find_clock(kind, seen, steps, state)
@@ -290,9 +291,22 @@ def _read(kind: str, pipe: Any, schedule: Schedule, calls: dict[str, list[Call]]
     else:
         cond, negative = halves[0 if first else 1], halves[1 if first else 0]
     recording = Recording(
-        kind, part, getattr(pipe, part), schedule, state, clock, tuple(conditions), fixed, cond, negative, guidance,
-        channels, tuple(sample.shape[1:]), tuple(seen), tuple(steps),
-    )  # fmt: skip
+        kind,
+        part,
+        getattr(pipe, part),
+        schedule,
+        state,
+        clock,
+        tuple(conditions),
+        fixed,
+        cond,
+        negative,
+        guidance,
+        channels,
+        tuple(sample.shape[1:]),
+        tuple(seen),
+        tuple(steps),
+    )
     _prove(recording)
     return recording
 
@@ -300,9 +314,9 @@ def _read(kind: str, pipe: Any, schedule: Schedule, calls: dict[str, list[Call]]
 def _find_state(calls: list[Call], steps: list[Step]) -> str | None:
     """The argument that is the noisy sample up to one factor a call, or that sample twice."""
     for name, value in calls[0].arguments.items():
-        if isinstance(value, Tensor) and value.is_floating_point() and value.ndim == steps[0].sample.ndim:
-            if all(_scaled(c.arguments.get(name), s.sample) for c, s in zip(calls, steps, strict=True)):
-                return name
+        fits = isinstance(value, Tensor) and value.is_floating_point() and value.ndim == steps[0].sample.ndim
+        if fits and all(_scaled(c.arguments.get(name), s.sample) for c, s in zip(calls, steps, strict=True)):
+            return name
     return None
 
 
@@ -351,9 +365,7 @@ def _constant(value: Any) -> float | None:
     return None
 
 
-def _find_pair(
-    kind: str, calls: list[Call], steps: list[Step], state: str, channels: int
-) -> tuple[bool, float | None]:
+def _find_pair(kind: str, calls: list[Call], steps: list[Step], state: str, channels: int) -> tuple[bool, float | None]:
     """Whether the conditioned half stands first, and the guidance scale; (_, None) without a pair."""
     value = calls[0].arguments[state]
     half = value.shape[0] // 2
@@ -362,7 +374,7 @@ def _find_pair(
         if mixed.shape[1] == 2 * channels:
             mixed = mixed[:, :channels]
         if given.shape != mixed.shape or (given - mixed).abs().max() > 1e-4 * max(1.0, float(given.abs().max())):
-            raise Refused(f"{kind} changes its network's answer before the scheduler sees it, in a way that is not read")
+            raise Refused(f"{kind} changes its network's answer before its scheduler sees it; that is not read")
         return True, None
     answer = calls[0].output[:, :channels].double()
     one, other = answer[:half], answer[half:]

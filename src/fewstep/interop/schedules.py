@@ -34,9 +34,14 @@ class Schedule:
     def wrap(self, net: torch.nn.Module, path: Path | None = None) -> Wrapped:
         """The network as a denoiser, on this schedule's path or another of the same kind."""
         return Wrapped(
-            net, path or self.path, self.prediction, self.clock,
-            scale_input=self.scale_input, data_std=self.data_std, boundary=self.boundary,
-        )  # fmt: skip
+            net,
+            path or self.path,
+            self.prediction,
+            self.clock,
+            scale_input=self.scale_input,
+            data_std=self.data_std,
+            boundary=self.boundary,
+        )
 
 
 def read_schedule(scheduler: Any) -> Schedule:
@@ -49,10 +54,15 @@ def read_schedule(scheduler: Any) -> Schedule:
     name, config = type(scheduler).__name__, scheduler.config
     if name == "CMStochasticIterativeScheduler":
         return Schedule(
-            name, Exploding(sigma_min=config.sigma_min, sigma_max=config.sigma_max), "cm", "250 log_sigma",
-            scale_input=True, data_std=config.sigma_data, boundary=config.sigma_min,
+            name,
+            Exploding(sigma_min=config.sigma_min, sigma_max=config.sigma_max),
+            "cm",
+            "250 log_sigma",
+            scale_input=True,
+            data_std=config.sigma_data,
+            boundary=config.sigma_min,
             clip=(-1.0, 1.0) if config.clip_denoised else None,
-        )  # fmt: skip
+        )
     if name.startswith("EDM"):
         if config.prediction_type != "epsilon":
             raise Refused(f"{name} with prediction type {config.prediction_type!r} is not read: only 'epsilon' is")
@@ -78,6 +88,4 @@ def read_schedule(scheduler: Any) -> Schedule:
         raise Refused(f"{name}: alphas_cumprod must fall from 1 to 0; its betas are not valid")
     path = Tabulated(alphas_cumprod=tuple(values.tolist()))
     width = float(config.get("clip_sample_range", 1.0))
-    return Schedule(
-        name, path, PREDICTIONS[kind], "index", clip=(-width, width) if config.get("clip_sample") else None
-    )
+    return Schedule(name, path, PREDICTIONS[kind], "index", clip=(-width, width) if config.get("clip_sample") else None)

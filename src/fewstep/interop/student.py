@@ -137,14 +137,22 @@ def save_student(
         value_range = teacher.value_range
     origin = None if teacher is None else Origin(name=teacher.name, sha256=teacher.sha256, licence=teacher.licence)
     facts = {
-        "name": name, "method": method, "teacher": origin, "task": task, "classes": classes, "null_label": null_label,
-        "value_range": value_range, "guidance": Guidance(baked=guidance, negative_prompt=negative_prompt),
-        "training": dict(training or {}), "metrics": dict(metrics or {}), "recipe_sha256": recipe_sha256,
+        "name": name,
+        "method": method,
+        "teacher": origin,
+        "task": task,
+        "classes": classes,
+        "null_label": null_label,
+        "value_range": value_range,
+        "guidance": Guidance(baked=guidance, negative_prompt=negative_prompt),
+        "training": dict(training or {}),
+        "metrics": dict(metrics or {}),
+        "recipe_sha256": recipe_sha256,
         "licence": licence or (teacher.licence if teacher is not None else "unknown"),
-    }  # fmt: skip
+    }
     return _write(
         shipped, File(folder), "student", facts, teacher, table, pictures, seed, overwrite, program, fold=True
-    )  # fmt: skip
+    )
 
 
 def save_teacher(
@@ -178,13 +186,20 @@ def save_teacher(
     known = getattr(net.config, "classes", None)
     classes = known if classes is None else classes
     facts = {
-        "name": name, "method": method, "task": task, "classes": classes, "null_label": known, "value_range": value_range,
-        "training": dict(training or {}), "metrics": dict(metrics or {}), "licence": licence,
+        "name": name,
+        "method": method,
+        "task": task,
+        "classes": classes,
+        "null_label": known,
+        "value_range": value_range,
+        "training": dict(training or {}),
+        "metrics": dict(metrics or {}),
+        "licence": licence,
         "recipe_sha256": recipe_sha256,
-    }  # fmt: skip
+    }
     return _write(
         shipped, File(folder), "teacher", facts, None, table, pictures, seed, overwrite, program=False, fold=False
-    )  # fmt: skip
+    )
 
 
 def _prepared(student: Student) -> Student:
@@ -196,8 +211,13 @@ def _prepared(student: Student) -> Student:
     twin = copy.deepcopy(student).to("cpu", torch.float32).eval().requires_grad_(False)
     own = wrapped(twin)
     if getattr(own.net, "reads_s", False) and set(student.steps) == {1} and hasattr(own.net, "fold"):
-        own.net = own.net.fold(student.start - student.path.t_min).eval().requires_grad_(False)
+        network: Any = own.net
+        own.net = network.fold(student.start - student.path.t_min).eval().requires_grad_(False)
     return twin
+
+
+def _config(net: nn.Module) -> Any:
+    return net.config
 
 
 def _need_diffusers() -> None:
@@ -243,16 +263,21 @@ def _write(
         runs = dict(calls) if plain is not None else ({1: None} if exported == PROGRAM else {})
         _write_golden(partial, golden, labels, seed, runs, plain.pipeline if plain else None)
         contract = Contract(
-            fewstep=__version__, role=role, prediction=one.prediction, path=one.path, clock=one.clock,
-            preconditioning=Preconditioning(
-                scale_input=one.scale_input, data_std=one.data_std, boundary=one.boundary
-            ),
+            fewstep=__version__,
+            role=role,
+            prediction=one.prediction,
+            path=one.path,
+            clock=one.clock,
+            preconditioning=Preconditioning(scale_input=one.scale_input, data_std=one.data_std, boundary=one.boundary),
             steps=tuple(_step(student, n, calls.get(n)) for n in sorted(student.steps)) if role == "student" else (),
-            start=student.start, start_scale=student.start_scale, shape=student.shape,
+            start=student.start,
+            start_scale=student.start_scale,
+            shape=student.shape,
             pipeline=plain.pipeline if plain else None,
-            network=net.config.model_dump(mode="json") if _ours(net) else None,
-            program=exported, **facts,
-        )  # fmt: skip
+            network=_config(net).model_dump(mode="json") if _ours(net) else None,
+            program=exported,
+            **facts,
+        )
         contract = Contract.parse(json.loads(json.dumps(contract.model_dump(mode="json"))))
         contract.save(partial)
         _stamp(partial, contract)
@@ -268,9 +293,7 @@ def _write(
     return Check(check.ok, check.max_error, check.steps, (*check.messages, *notes))
 
 
-def _planned(
-    student: Student, classes: int | None, teacher: Teacher | None, fold: bool
-) -> tuple[Plain | None, str]:
+def _planned(student: Student, classes: int | None, teacher: Teacher | None, fold: bool) -> tuple[Plain | None, str]:
     """(plan for plain diffusers, "") or, for a network of ours that has none, (None, why)."""
     one = wrapped(student)
     net = inner_network(one.net)
@@ -278,10 +301,11 @@ def _planned(
     if not recorded:
         if not _ours(net):
             raise Refused(f"{type(net).__name__} is neither a network of fewstep.nets nor recorded from a pipeline")
-        if not hasattr(net.config, "to_diffusers"):
+        config = _config(net)
+        if not hasattr(config, "to_diffusers"):
             return None, f"{type(net).__name__} is no diffusers model"
         try:
-            net.config.to_diffusers()
+            config.to_diffusers()
         except ValueError as error:
             return None, str(error)
     stock = teacher.kind if teacher is not None and teacher.kind != "own" else None
@@ -314,9 +338,7 @@ def _labels(classes: int | None) -> Tensor | None:
 def _step(student: Student, count: int, call: dict[str, Any] | None) -> Steps:
     times = student.times(count)
     sigmas = tuple(float(s) for s in student.path.coefs(torch.tensor(times, dtype=torch.float64)).sigma)
-    return Steps(
-        count=count, times=times, sigmas=sigmas, policy=student.policy if count > 1 else "ode", call=call
-    )  # fmt: skip
+    return Steps(count=count, times=times, sigmas=sigmas, policy=student.policy if count > 1 else "ode", call=call)
 
 
 # -- the golden sample ------------------------------------------------------------------------------
@@ -404,7 +426,7 @@ def _write_unet(folder: File, net: nn.Module, plain: Plain) -> None:
         (folder / name).mkdir()
     index = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", plain.scheduler]}
     _write_json(folder / "model_index.json", {"_class_name": plain.pipeline, **stamp, **index})
-    unet = {**UNET_DEFAULTS, **net.config.to_diffusers()}  # type: ignore[union-attr, operator]
+    unet = {**UNET_DEFAULTS, **_config(net).to_diffusers()}
     _write_json(folder / "unet" / "config.json", {"_class_name": "UNet2DModel", **stamp, **unet})
     _write_json(
         folder / "scheduler" / "scheduler_config.json", {"_class_name": plain.scheduler, **stamp, **plain.config}
@@ -419,8 +441,7 @@ def _write_json(file: File, value: Any) -> None:
 def _write_own(folder: File, net: nn.Module) -> None:
     from safetensors.torch import save_file
 
-    assert isinstance(net.config, Part)
-    (folder / "config.json").write_text(net.config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(_config(net).model_dump_json(indent=2) + "\n", encoding="utf-8")
     save_file({k: v.contiguous() for k, v in net.state_dict().items()}, str(folder / "model.safetensors"))
 
 
@@ -468,7 +489,7 @@ def _export(folder: File, student: Student, labels: Tensor | None) -> str:
             warnings.simplefilter("ignore")
             program = export(
                 _OneStep(student), arguments, dynamic_shapes=shapes if labels is not None else ({0: batch},)
-            )  # fmt: skip
+            )
             save(program, str(folder / PROGRAM))
     except Exception as error:  # what cannot be traced is still a student
         (folder / PROGRAM).unlink(missing_ok=True)
@@ -538,8 +559,12 @@ def _fresh_process(folder: File, timeout: float) -> tuple[dict[int, float], str]
     try:
         done = subprocess.run(
             [sys.executable, "-P", str(SCRIPT), str(folder)],
-            capture_output=True, text=True, timeout=timeout, env=environment, check=False,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env=environment,
+            check=False,
+        )
     except subprocess.TimeoutExpired:
         return {}, f"the fresh process took more than {timeout:g} s"
     if done.returncode != 0:
@@ -616,6 +641,13 @@ def weights_sha256(folder: File | str) -> str:
 
 
 __all__ = [
-    "PART_WEIGHTS", "Check", "LoadedStudent", "Wrapped", "check_student", "load_student", "save_student",
-    "save_teacher", "weights_sha256",
-]  # fmt: skip
+    "PART_WEIGHTS",
+    "Check",
+    "LoadedStudent",
+    "Wrapped",
+    "check_student",
+    "load_student",
+    "save_student",
+    "save_teacher",
+    "weights_sha256",
+]

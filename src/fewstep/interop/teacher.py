@@ -63,7 +63,7 @@ class Teacher:
     recording: Recording | None = field(default=None, repr=False)
 
     def null(self, cond: Cond) -> Cond:
-        """"No condition" for every row of a condition. Refused where the teacher knows none."""
+        """ "No condition" for every row of a condition. Refused where the teacher knows none."""
         if cond is None or isinstance(cond, Tensor) and not cond.is_floating_point():
             return null_labels(self.null_label, cond)
         if self.negative is None:
@@ -192,7 +192,7 @@ def load_pipeline(folder: File, call: Mapping[str, Any] | None = None) -> tuple[
     import diffusers
     from diffusers import DiffusionPipeline, ModelMixin
 
-    wanted = getattr(diffusers, kind, None)
+    wanted: Any = getattr(diffusers, kind, None)
     if not (isinstance(wanted, type) and issubclass(wanted, DiffusionPipeline)):
         raise Refused(f"{folder}: {kind!r} is no pipeline of diffusers {diffusers.__version__}")
     loaded: dict[str, Any] = {}
@@ -205,7 +205,8 @@ def load_pipeline(folder: File, call: Mapping[str, Any] | None = None) -> tuple[
         if isinstance(found, type) and issubclass(found, ModelMixin):
             loaded[name] = _load_part(found, folder / name)
     try:
-        pipe = wanted.from_pretrained(str(folder), local_files_only=True, use_safetensors=True, **loaded)
+        stock: Any = wanted
+        pipe = stock.from_pretrained(str(folder), local_files_only=True, use_safetensors=True, **loaded)
     except Exception as error:  # whatever a strange folder provokes
         raise Refused(f"{folder} does not load as {kind}: {_line(error)}") from None
     pipe.set_progress_bar_config(disable=True)
@@ -233,8 +234,8 @@ def _load_part(kind: Any, folder: File) -> nn.Module:
         logging.set_verbosity(level)
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if info.get(what):
-            first = list(info[what])[0]
-            raise Refused(f"{folder}: {what.replace('_', ' ')} in the weights: {str(first):.120}")
+            first = next(iter(info[what]))
+            raise Refused(f"{folder}: {what.replace('_', ' ')} in the weights: {first!s:.120}")
     check_finite(net, str(folder))
     module: nn.Module = net.eval().requires_grad_(False)
     return module

@@ -64,6 +64,7 @@ class Consistency(Method):
     """
 
     Options = ConsistencyOptions
+    needs_teacher = False
 
     def __init__(self, teacher: Any, student: Student, options: Part | None = None) -> None:
         super().__init__(teacher, student, options)

@@ -61,6 +61,7 @@ class Denoising(Method):
 
     Options = DenoisingOptions
     needs_teacher = False
+    makes = "teacher"
 
     def loss(self, player: str, batch: Batch, rng: Source) -> Loss:
         path, options = self.student.path, self.options
@@ -89,6 +90,7 @@ class FlowMatching(Method):
 
     Options = FlowMatchingOptions
     needs_teacher = False
+    makes = "teacher"
 
     def loss(self, player: str, batch: Batch, rng: Source) -> Loss:
         path, options = self.student.path, self.options

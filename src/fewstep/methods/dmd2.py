@@ -69,6 +69,7 @@ class DMD2(Method):
 
     Options = DMD2Options
     players = ("student", "critic")
+    guides = True
 
     def __init__(
         self,
@@ -77,7 +78,6 @@ class DMD2(Method):
         options: Part | None = None,
         *,
         critic: Denoiser | None = None,
-        classes: int | None = None,
     ) -> None:
         super().__init__(teacher, student, options)
         same_path(teacher.path, student)
@@ -86,7 +86,7 @@ class DMD2(Method):
             raise ValueError(f"divergence {self.options.divergence!r} needs the density ratio of an adversary: set gan")
         denoiser = trainable_copy(teacher) if critic is None else critic
         reads = None if gan is None else denoiser if gan.on == "critic" else teacher
-        adversary = None if gan is None or reads is None else Adversary(reads, student.shape, gan, classes)
+        adversary = None if gan is None or reads is None else Adversary(reads, student.shape, gan, student.classes)
         self.critic = Critic(denoiser, adversary)
         self.real = teacher if self.options.guidance == 1 else Guided(teacher, self.options.guidance)
 

@@ -46,6 +46,8 @@ class MeanFlow(Method):
 
     Options = MeanFlowOptions
     needs_teacher = False
+    straight = True
+    flow_map = True
 
     def __init__(self, teacher: Any, student: Student, options: Part | None = None) -> None:
         super().__init__(teacher, student, options)

@@ -9,7 +9,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path as File
 from typing import Any, Protocol
 
@@ -120,7 +120,7 @@ class Player:
 class Trainer:
     """Trains a method by a recipe inside a run folder.
 
-    ``save(student, folder)`` writes a loadable student beside each checkpoint. Every batch and every random
+    Every batch and every random
     draw is a pure function of (seed, stage, step, turn), so that a stopped run that goes on ends with the very
     weights of one that was not stopped.
     """
@@ -134,12 +134,11 @@ class Trainer:
         device: torch.device | str = "cpu",
         watch: Watch | None = None,
         resume_line: str = "",
-        save: Callable[[Student, File], None] | None = None,
     ) -> None:
         self.recipe, self.run, self.stage = recipe.stage(stage), run, stage
         self.device = torch.device(device)
         self.watch: Watch = watch or Nobody()
-        self.resume_line, self.save = resume_line, save
+        self.resume_line = resume_line
         self.label = "train" if not recipe.stages else f"stage {stage + 1}/{len(recipe.stages) + 1}"
         self.seconds = 0.0
         self.warnings: list[str] = []

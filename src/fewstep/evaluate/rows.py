@@ -1,0 +1,210 @@
+"""A table row, the scores that are kept, and what was drawn."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator
+
+from ..errors import Refused
+from ..part import Part
+from .protocol import FEW
+
+SCORES = "fewstep.scores/1"
+REPORT = "fewstep.report/1"
+
+
+class Row(Part):
+    """One model under one way to draw from it.
+
+    ``model`` is student, student:NAME (where several are compared), teacher (its own sampler at full length),
+    teacher:SOLVER (its best sampler at ``nfe`` calls) or real (training against test data: the floor).
+    ``frechet`` is the mean over noise seeds and ``frechet_spread`` their standard deviation; ``excess`` is
+    ``(frechet - floor) / (best teacher at 8 calls or fewer - floor)``; ``calls`` were counted, a sample.
+    """
+
+    model: str
+    title: str = ""
+    nfe: int
+    frechet: float | None = None
+    frechet_spread: float | None = None
+    excess: float | None = None
+    precision: float | None = None
+    recall: float | None = None
+    density: float | None = None
+    coverage: float | None = None
+    copied: float | None = None
+    accuracy: float | None = None
+    diversity: float | None = None
+    kernel: float | None = None
+    samples_per_s: float | None = None
+    calls: float | None = None
+    count: int
+    seeds: int = 1
+    detail_seeds: int = 1
+    parameters: int | None = None
+    spreads: dict[str, float] = Field(default_factory=dict, description="standard errors of the other figures")
+    exact: dict[str, float] = Field(default_factory=dict, description="against a law that is known exactly")
+
+    @field_validator("frechet", "excess", "kernel", "samples_per_s", "frechet_spread")
+    @classmethod
+    def _finite(cls, value: float | None) -> float | None:
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"must be a finite number, got {value}")
+        return value
+
+    @property
+    def real(self) -> bool:
+        return self.model == "real"
+
+    @property
+    def student(self) -> bool:
+        return self.model.split(":")[0] == "student"
+
+    @property
+    def teacher(self) -> bool:
+        return self.model.split(":")[0] == "teacher"
+
+
+class Scout(Part):
+    """A sampler tried on the scouting draws; ``frechet`` None where it gave no finite samples."""
+
+    solver: str
+    nfe: int
+    frechet: float | None
+    chosen: bool
+
+
+class Sheet(Part):
+    """A picture file of a run folder and what it shows."""
+
+    file: str
+    title: str
+    kind: Literal["student", "teacher", "real", "nearest"]
+    alt: str = ""
+    columns: int = 1
+
+
+class Scores(Part):
+    """What an evaluation measured: ``scores.json``."""
+
+    kind: Literal["fewstep.scores/1"] = Field(SCORES, alias="schema")
+    task: str
+    shape: tuple[int, ...]
+    seed: int
+    rows: tuple[Row, ...] = Field(min_length=1)
+    scout: tuple[Scout, ...] = ()
+    protocol: dict[str, Any]
+    hashes: dict[str, str]
+    features: dict[str, Any] = {}
+    few: int = FEW
+    sheets: tuple[Sheet, ...] = ()
+    notes: tuple[str, ...] = ()
+    machine: dict[str, Any] = {}
+    seconds: dict[str, float] = {}
+
+    @property
+    def floor(self) -> Row | None:
+        return next((row for row in self.rows if row.real), None)
+
+    @property
+    def full(self) -> Row | None:
+        return next((row for row in self.rows if row.model == "teacher"), None)
+
+    @property
+    def best(self) -> Row | None:
+        """The teacher's best row at few calls: what an excess of 1 equals."""
+        return best_teacher(self.rows, self.few)
+
+    @property
+    def students(self) -> tuple[Row, ...]:
+        return tuple(row for row in self.rows if row.student)
+
+    def as_dict(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", by_alias=True)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Scores, and the pictures that go with them: file name below the run folder, PNG bytes."""
+
+    scores: Scores
+    pictures: dict[str, bytes] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        return self.scores.rows
+
+    def as_dict(self) -> dict[str, Any]:
+        """What ``report.json`` holds, without what only the run folder knows."""
+        from .verdict import judge
+
+        return {**self.scores.as_dict(), "schema": REPORT, "verdict": judge(self.scores).model_dump(mode="json")}
+
+    def save(self, run: Path) -> Path:
+        """Write ``scores.json`` and the pictures into a run folder; the path of the first."""
+        run = Path(run)
+        for name, data in self.pictures.items():
+            put(run / name, data)
+        return put(run / "scores.json", (json.dumps(self.scores.as_dict(), indent=1) + "\n").encode())
+
+
+def put(file: Path, data: bytes) -> Path:
+    """Write a file whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(file.name + ".part")
+    part.write_bytes(data)
+    part.replace(file)
+    return file
+
+
+def best_teacher(rows: tuple[Row, ...] | list[Row], few: int = FEW) -> Row | None:
+    known = [row for row in rows if row.teacher and row.nfe <= few and row.frechet is not None]
+    return min(known, key=lambda row: (row.frechet, row.nfe), default=None)
+
+
+def with_excess(rows: list[Row], few: int = FEW) -> tuple[Row, ...]:
+    """Rows with ``excess = (frechet - floor) / (best few-step teacher - floor)``.
+
+    None everywhere without a teacher, and where its best is no farther from real data than the floor is: the
+    ratio means nothing then.
+    """
+    floor = next((row.frechet for row in rows if row.real), None)
+    best = best_teacher(rows, few)
+    if floor is None or best is None or best.frechet is None or best.frechet <= floor:
+        return tuple(row.model_copy(update={"excess": None}) for row in rows)
+    gap = best.frechet - floor
+    return tuple(
+        row.model_copy(update={"excess": None if row.frechet is None else (row.frechet - floor) / gap}) for row in rows
+    )
+
+
+def read_scores(file: Path) -> Scores:
+    """The scores of a run; Refused, in one line, where the file is missing, damaged or of another version."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise Refused(f"no scores.json in {file.parent}: evaluate the run first") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refused(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
+    try:
+        raw = json.loads(text, parse_constant=_no_constant)
+    except ValueError as error:
+        raise Refused(f"{file} is damaged ({error}): evaluate the run again") from None
+    found = raw.get("schema") if isinstance(raw, dict) else None
+    if found != SCORES:
+        raise Refused(f"{file} has schema {found!r}, this version reads {SCORES!r}: evaluate the run again")
+    try:
+        return Scores.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise Refused(f"{file} is damaged ({where}: {first['msg'].lower()}): evaluate the run again") from None
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON number")

@@ -1,0 +1,151 @@
+"""Who is measured, and drawing many samples from it with every call counted."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..cond import Cond, move, rows
+from ..denoiser import Counted, Denoiser
+from ..errors import Refused
+from ..grid import grid
+from ..rng import Rng
+from ..solvers import sample, solver_named, start_noise
+from ..student import Student
+from .protocol import Protocol
+
+SOLVER_TITLES = {"euler": "Euler (DDIM)", "heun": "Heun", "dpm2m": "DPM-Solver++ 2M"}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A network and the way to draw from it: a row of the table."""
+
+    model: str
+    title: str
+    nfe: int
+    network: nn.Module
+    draw: Callable[[Any, Tensor, Cond, Rng], Tensor]
+    solver: str | None = None
+
+    @property
+    def device(self) -> torch.device:
+        first = next((p for p in (*self.network.parameters(), *self.network.buffers())), None)
+        return torch.device("cpu") if first is None else first.device
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.network.parameters())
+
+
+def of_student(student: Student, steps: int, name: str | None = None) -> Candidate:
+    """A student at one of its step counts."""
+    calls = "1 call" if steps == 1 else f"{steps} calls"
+    return Candidate(
+        "student" if name is None else f"student:{name}",
+        f"{'Student' if name is None else name}, {calls}",
+        len(student.times(steps)),
+        student,
+        lambda network, noise, cond, rng: network.generate(noise, cond, rng, steps),
+    )
+
+
+def of_teacher(teacher: Denoiser, solver: str, nfe: int, protocol: Protocol, full: bool = False) -> Candidate | None:
+    """A teacher under a sampler with exactly ``nfe`` calls; None where no number of steps makes so many."""
+    rule = solver_named(solver)
+    steps = rule.steps_for(nfe)
+    if steps is None:
+        return None
+    times = tuple(grid(teacher.path, steps, protocol.grid).tolist())
+
+    def draw(network: Any, noise: Tensor, cond: Cond, rng: Rng) -> Tensor:
+        return sample(network, start_noise(network.path, times[0], noise), times, rule, cond=cond, rng=rng)
+
+    name = SOLVER_TITLES.get(solver, solver)
+    title = f"Teacher, {name}, {nfe} call{'s' if nfe > 1 else ''}"
+    return Candidate("teacher" if full else f"teacher:{solver}", title, nfe, teacher, draw, solver)
+
+
+def full_teacher(teacher: Denoiser, protocol: Protocol) -> Candidate:
+    """The teacher's own sampler at its full number of calls."""
+    found = of_teacher(teacher, protocol.full_solver, protocol.full_nfe, protocol, full=True)
+    if found is None:
+        raise Refused(f"no number of steps of {protocol.full_solver} costs exactly {protocol.full_nfe} calls: pass one more or less")
+    return found
+
+
+def counted(network: Any) -> tuple[Any, Counted]:
+    """A shallow copy of a student or a denoiser whose innermost denoiser counts; the original is not touched.
+
+    The counter sits inside every wrapper, so that guidance is seen to cost what it costs.
+    """
+    name = "denoiser" if isinstance(network, Student) else "inner"
+    inner = getattr(network, name, None)
+    if not isinstance(inner, Denoiser):
+        counter = Counted(network)
+        return counter, counter
+    twin = copy.copy(network)
+    twin.__dict__["_modules"] = dict(network._modules)
+    changed, counter = counted(inner)
+    setattr(twin, name, changed)
+    return twin, counter
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows of one draw: its noise and condition, and the keys of what else is random in it."""
+
+    noise: Tensor
+    cond: Cond
+    keys: tuple[int | str, ...]
+
+
+def draws(
+    candidate: Candidate,
+    chunks: list[Chunk],
+    told: Callable[[int], None] | None = None,
+) -> Iterator[tuple[Tensor, float]]:
+    """Samples of each chunk on the CPU, in order, and the calls that each of its samples cost.
+
+    On a CPU the chunks are spread over as many workers as torch has threads, one thread each: several small
+    batches side by side are faster than one whose every layer is split, above all on a busy machine.
+    """
+    device = candidate.device
+
+    def run(chunk: Chunk) -> tuple[Tensor, float]:
+        with torch.inference_mode():
+            network, counter = counted(candidate.network)
+            rng = Rng(*chunk.keys, device=device)
+            x = candidate.draw(network, chunk.noise.to(device), move(chunk.cond, device), rng)
+            return x.float().cpu(), counter.images / len(chunk.noise)
+
+    def tell(found: tuple[Tensor, float]) -> tuple[Tensor, float]:
+        if told is not None:
+            told(round(found[1] * len(found[0])))
+        return found
+
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1 or len(chunks) < 2:
+        for chunk in chunks:
+            yield tell(run(chunk))
+        return
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for found in pool.map(run, chunks):
+                yield tell(found)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def chunks_of(noise: Tensor, cond: Cond, batch: int, *keys: int | str) -> list[Chunk]:
+    """Noise [n, *shape] and its condition, cut into batches; each has its own source of further draws."""
+    return [
+        Chunk(noise[start : start + batch], rows(cond, slice(start, start + batch)), (*keys, start))
+        for start in range(0, len(noise), batch)
+    ]

@@ -1,0 +1,159 @@
+"""What the figures mean, in plain words."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from ..part import Part
+from .rows import Row, Scores
+
+Grade = Literal["excellent", "good", "fair", "weak", "unknown"]
+GRADES: tuple[tuple[float, Grade], ...] = ((1.0, "excellent"), (1.3, "good"), (2.0, "fair"))
+"""Highest excess of each grade; above the last it is weak."""
+COPIED = 0.10
+LOST = 0.10
+"""How far recall, coverage or accuracy may lie below the teacher's before it is said."""
+
+
+class Verdict(Part):
+    """``headline`` is one sentence; ``points`` follow from measured rows; ``warnings`` are what to beware of."""
+
+    grade: Grade
+    headline: str
+    points: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def judge(scores: Scores) -> Verdict:
+    """Read the rows as a careful person would: against the teacher's best few calls, not its slowest run."""
+    students = sorted(scores.students, key=lambda row: (row.nfe, row.frechet or 0.0))
+    if not students:
+        return _teacher_only(scores)
+    student = students[0]
+    grade, headline = _headline(student, scores)
+    serious, notes = _warnings(student, scores)
+    if serious and grade in ("excellent", "good"):
+        grade = "fair"
+        headline += " But see the warning below."
+    points = [*_speed(student, scores), *_others(students[1:])]
+    return Verdict(grade=grade, headline=headline, points=tuple(points), warnings=(*serious, *notes, *scores.notes))
+
+
+def _headline(student: Row, scores: Scores) -> tuple[Grade, str]:
+    who = _who(student)
+    best, floor = scores.best, scores.floor
+    if student.excess is None or best is None:
+        if best is not None and floor is not None and student.frechet is not None and best.frechet is not None:
+            side = "no farther from real data than" if student.frechet <= best.frechet else "farther from real data than"
+            return "unknown", f"{who} is {side} the teacher's best few-step sampler, which is already at the floor."
+        if student.frechet is None or floor is None or not floor.frechet:
+            return "unknown", f"{who} was measured, but there is nothing to hold it against."
+        ratio = student.frechet / floor.frechet
+        return "unknown", f"{who} is {ratio:.1f} times as far from real data as real data is from itself; no teacher was given."
+    grade: Grade = next((name for most, name in GRADES if student.excess <= most), "weak")
+    against = f"the teacher's best sampler at up to {scores.few} calls ({_short(best)})"
+    match grade:
+        case "excellent":
+            text = f"{who} comes closer to real data than {against}: {_times(student.excess)} its excess."
+        case "good":
+            text = f"{who} is nearly as close to real data as {against}: {_times(student.excess)} its excess."
+        case "fair":
+            text = f"{who} is somewhat farther from real data than {against}: {_times(student.excess)} its excess."
+        case _:
+            text = f"{who} is clearly farther from real data than {against}: {_times(student.excess)} its excess."
+    return grade, text
+
+
+def _speed(student: Row, scores: Scores) -> list[str]:
+    """Against the full run, and against the cheapest sampler that is as good: the honest figure."""
+    points = []
+    full = scores.full
+    if full is not None and full.samples_per_s and student.samples_per_s:
+        points.append(
+            f"{student.samples_per_s / full.samples_per_s:.0f}x faster than the teacher's full {full.nfe} calls, "
+            "timed side by side."
+        )
+    if student.frechet is None:
+        return points
+    teachers = sorted((r for r in scores.rows if r.teacher and r.frechet is not None), key=lambda r: r.nfe)
+    equal = next((r for r in teachers if (r.frechet or 0.0) <= student.frechet), None)
+    if teachers and equal is None:
+        points.append("No sampler of the teacher that was tried here is as good, at any number of calls.")
+    elif equal is not None and equal.nfe <= student.nfe:
+        points.append(f"The teacher itself is as good with {equal.nfe} call{'s' * (equal.nfe > 1)} ({_short(equal)}).")
+    elif equal is not None:
+        if student.samples_per_s and equal.samples_per_s:
+            factor = f"{student.samples_per_s / equal.samples_per_s:.1f}x"
+        else:
+            factor = f"{equal.nfe / student.nfe:.0f}x by calls"
+        points.append(f"The honest speed-up at equal quality is {factor}: against {_short(equal)}.")
+    return points
+
+
+def _others(more: list[Row]) -> list[str]:
+    return [
+        f"{_who(row)}: {_times(row.excess)} the excess." for row in more if row.excess is not None
+    ]
+
+
+def _warnings(student: Row, scores: Scores) -> tuple[list[str], list[str]]:
+    """(serious, worth knowing)."""
+    serious, notes = [], []
+    full, floor, best = scores.full, scores.floor, scores.best
+    if student.copied is not None and student.copied > COPIED:
+        serious.append(
+            f"Copying: {student.copied:.0%} of the samples lie nearer to a training sample than all but the nearest "
+            "5% of real unseen ones do. The student may repeat its training data."
+        )
+    named = (("recall", "variety"), ("coverage", "variety"), ("accuracy", "obedience to the condition"))
+    for name, meaning in named:
+        mine = getattr(student, name)
+        theirs = None if full is None else getattr(full, name)
+        if mine is not None and theirs is not None and mine < theirs - LOST:
+            serious.append(f"Lost {meaning}: {name} is {mine:.2f}, the teacher's is {theirs:.2f}.")
+    if student.diversity is not None and student.diversity < 0.8:
+        serious.append(f"Samples of one condition are only {student.diversity:.0%} as far apart as real ones.")
+    if best is not None and floor is not None and best.frechet is not None and floor.frechet is not None:
+        gap, spread = best.frechet - floor.frechet, best.frechet_spread or 0.0
+        if gap <= 0:
+            notes.append("The teacher's best few-step sampler is already at the floor, so no excess can be given.")
+        elif gap < 2 * spread:
+            notes.append(
+                "The teacher's best few-step sampler is so near the floor that the excess is mostly noise: "
+                "read the Fréchet distances themselves."
+            )
+    if (
+        full is not None
+        and floor is not None
+        and full.frechet is not None
+        and floor.frechet is not None
+        and full.frechet > 3 * floor.frechet
+    ):
+        notes.append(
+            f"The teacher itself is {full.frechet / floor.frechet:.1f} times as far from real data as real data is from "
+            "itself: a better teacher would help the student most."
+        )
+    if student.count < 500:
+        notes.append(f"Only {student.count} samples were compared: Fréchet distances at such counts are large and rough.")
+    return serious, notes
+
+
+def _teacher_only(scores: Scores) -> Verdict:
+    full, floor = scores.full or scores.best, scores.floor
+    if full is None or floor is None or not full.frechet or not floor.frechet:
+        return Verdict(grade="unknown", headline="Nothing was measured but real data.", warnings=scores.notes)
+    text = f"The teacher is {full.frechet / floor.frechet:.1f} times as far from real data as real data is from itself."
+    return Verdict(grade="unknown", headline=text, warnings=scores.notes)
+
+
+def _who(row: Row) -> str:
+    name = "The student" if row.model == "student" else row.model.partition(":")[2]
+    return f"{name} with {row.nfe} call{'s' if row.nfe > 1 else ''}"
+
+
+def _short(row: Row) -> str:
+    return row.title.removeprefix("Teacher, ") or f"{row.model}, {row.nfe} calls"
+
+
+def _times(value: float | None) -> str:
+    return "?" if value is None else f"{value:.2f}x"

@@ -1,0 +1,156 @@
+"""From a recipe to the objects that train: a method's class and options, a student, a game."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import inspect
+import sys
+from pathlib import Path as File
+from typing import Any
+
+from pydantic import ValidationError
+from torch import nn
+
+from ..denoiser import Denoiser, Reframed, Wrapped
+from ..errors import Refused
+from ..method import Method
+from ..nets import Net, build
+from ..path import Path, Straight
+from ..registry import METHODS
+from ..student import Student
+from ..tasks.base import Task
+from .recipe import MethodSection, Recipe, complaint
+
+
+def method_class(name: str) -> type[Method]:
+    """A registered method, or ``FILE.py:CLASS`` of one's own.
+
+    A file is code and is run: name only files that you trust. Raises UnknownName, with the nearest name,
+    or Refused.
+    """
+    if ":" not in name:
+        found: type[Method] = METHODS.get(name).thing
+        return found
+    place, _, wanted = name.rpartition(":")
+    file = File(place)
+    if file.suffix != ".py" or not file.is_file():
+        raise Refused(f"no method at {name!r}: give FILE.py:CLASS, or one of {', '.join(e.name for e in METHODS)}")
+    spec = importlib.util.spec_from_file_location(f"fewstep_plugin_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise Refused(f"{file} cannot be imported")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise Refused(f"{file} does not import: {type(error).__name__}: {error}") from error
+    thing = getattr(module, wanted, None)
+    if not (inspect.isclass(thing) and issubclass(thing, Method) and not inspect.isabstract(thing)):
+        raise Refused(f"{file} has no method class {wanted!r}: a subclass of fewstep.method.Method with a loss")
+    return thing
+
+
+def method_options(section: MethodSection, recipe: Recipe, task: Task) -> Any:
+    """A method's options; what the task or the recipe already says need not be said again."""
+    kind = method_class(section.name).Options
+    known = {"data_std": task.data_std, "horizon": recipe.steps}
+    given = {k: v for k, v in known.items() if k in kind.model_fields} | dict(section.options)
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        raise Refused(f"method {section.name!r}: {complaint(error, kind)}") from None
+
+
+def make_student(recipe: Recipe, task: Task, teacher: Denoiser | None, shape: tuple[int, ...]) -> Student:
+    """The student that a recipe describes: a network of its own, or a copy of the teacher."""
+    section, cls = recipe.student, method_class(recipe.method.name)
+    options = method_options(recipe.method, recipe, task)
+    if section.net is not None:
+        denoiser = _own(recipe, task, teacher, cls)
+    elif isinstance(inner_of(teacher), Wrapped):
+        denoiser = copy.deepcopy(teacher)
+    else:
+        raise Refused(f"method {cls.name!r} needs a network to train: give [student] net = {{ kind = ... }}")
+    assert denoiser is not None
+    if cls.flow_map:
+        denoiser = _reading_spans(denoiser)
+    if cls.straight:
+        denoiser = straightened(denoiser)
+    fields: dict[str, Any] = dict(cls.student_options(options, denoiser.path))
+    if section.start is not None:
+        fields["start"] = section.start
+    if section.policy is not None:
+        fields["policy"] = section.policy
+    if section.steps is not None:
+        start = fields.get("start") or denoiser.path.t_max
+        fields["start"], fields["steps"] = start, {n: even_times(denoiser.path, n, start) for n in section.steps}
+    denoiser.train().requires_grad_(True)
+    return Student(denoiser, shape, classes=task.classes, **fields)
+
+
+def even_times(path: Path, count: int, start: float) -> tuple[float, ...]:
+    """``count`` times from ``start`` down, even on the rho = 7 grid."""
+    import torch
+
+    from ..path import karras_time
+
+    parts = torch.linspace(1, 0, count + 1, dtype=torch.float64)[:-1]
+    return (start, *karras_time(path, parts, high=start)[1:].tolist())
+
+
+def _own(recipe: Recipe, task: Task, teacher: Denoiser | None, cls: type[Method]) -> Denoiser:
+    section = recipe.student
+    description = {"shape": task.shape, "classes": task.classes, **(section.net or {})}
+    if cls.flow_map:
+        description["reads_s"] = True
+    try:
+        net = build(description)
+    except ValidationError as error:
+        kind = next((k for k in Net.__subclasses__() if k.__name__.lower() == str(description.get("kind"))), None)
+        model = inspect.get_annotations(kind.__init__, eval_str=True)["config"] if kind else type(recipe.student)
+        raise Refused(f"student.net: {complaint(error, model)}") from None
+    path = section.path or (teacher.path if teacher is not None else Straight())
+    try:
+        return Wrapped(
+            net,
+            path,
+            section.prediction or "x0",
+            section.clock or "999t",
+            scale_input=bool(section.scale_input),
+            data_std=section.data_std or task.data_std,
+            boundary=0.002 if section.boundary is None else section.boundary,
+        )
+    except ValueError as error:
+        raise Refused(f"student: {error}") from None
+
+
+def straightened(denoiser: Denoiser) -> Denoiser:
+    """The denoiser on the straight path, cut where its own path's noise ends."""
+    if isinstance(denoiser.path, Straight):
+        return denoiser
+    return Reframed(denoiser, Straight(end=float(denoiser.path.straight(denoiser.path.t_max))))
+
+
+def inner_of(denoiser: Any) -> Any:
+    """What is inside all wrappers."""
+    while hasattr(denoiser, "inner"):
+        denoiser = denoiser.inner
+    return denoiser
+
+
+def _reading_spans(denoiser: Denoiser) -> Denoiser:
+    """The same denoiser with a network that also reads the jump, and at first does not use it."""
+    wrapped = inner_of(denoiser)
+    net: nn.Module = wrapped.net
+    if getattr(net, "reads_s", False):
+        return denoiser
+    if not isinstance(net, Net) or "reads_s" not in type(net.config).model_fields:
+        raise Refused(
+            f"this method needs a network that reads the jump, and {type(net).__name__} has no place for it: "
+            "give [student] net = { kind = ... }"
+        )
+    wider = build(net.config.model_copy(update={"reads_s": True}))
+    wider.load_state_dict(net.state_dict(), strict=False)
+    wrapped.net = wider
+    return denoiser
