@@ -68,7 +68,7 @@ def read_schedule(scheduler: Any) -> Schedule:
             raise Refused(f"{name} with prediction type {config.prediction_type!r} is not read: only 'epsilon' is")
         path: Path = Exploding(sigma_min=config.sigma_min, sigma_max=config.sigma_max)
         return Schedule(name, path, "edm", "log_sigma/4", scale_input=True, data_std=config.sigma_data)
-    kind = config.get("prediction_type", "flow_prediction")
+    kind = config.get("prediction_type", "epsilon")
     if name.startswith("FlowM") or kind == "flow_prediction":
         if config.get("invert_sigmas"):
             raise Refused(f"{name} with invert_sigmas is not read")
