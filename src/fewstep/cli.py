@@ -434,11 +434,10 @@ def distill(
 
 @command
 def sample(
-    model: Annotated[Path, typer.Argument(help="A student folder, a run, or a teacher folder.")],
+    model: Annotated[str, typer.Argument(help="A student folder, a run, or a teacher: its folder or its name.")],
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many samples.")] = 64,
     steps: Annotated[int | None, typer.Option(min=1, help="Calls per sample [default: the student's first].")] = None,
     labels: Annotated[str | None, typer.Option(help="Labels, repeated in turn, e.g. 3 or 0,1,2.")] = None,
-    plan: Annotated[Path | None, typer.Option(help="A solver plan (JSON) to sample a teacher with.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write to.")] = Path("samples"),
     seed: Annotated[int, typer.Option(help="The same seed gives the same samples.")] = 0,
     device: Device = "auto",
@@ -453,15 +452,14 @@ def sample(
     Examples:
       fewstep sample runs/digits/student --count 100 --out samples
       fewstep sample runs/digits/student --labels 3,7 --seed 1
+      fewstep sample digits --steps 8
     """
     screen, place = Screen(quiet, verbose, json), pick_device(device)
     wanted = _labels(labels)
     from . import jobs
 
     set_threads(threads)
-    files = jobs.sample(
-        _existing(model), count, steps=steps, seed=seed, labels=wanted, out=out, device=place, plan=plan
-    )
+    files = jobs.sample(Path(model), count, steps=steps, seed=seed, labels=wanted, out=out, device=place)
     screen.result({"files": files}, f"{len(files)} file{'s' if len(files) != 1 else ''} in {out}")
 
 
@@ -559,7 +557,8 @@ def report(
 @command
 def verify(
     recipes: Annotated[
-        list[str], typer.Argument(metavar="RECIPE...|all", help="Recipes that state what they [expect].")
+        list[str],
+        typer.Argument(metavar="RECIPE...|all [KEY.SUB=VALUE]...", help="Recipes that state what they [expect]."),
     ],
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder for the runs; finished ones are not run again.")
@@ -576,20 +575,21 @@ def verify(
     \b
     Examples:
       fewstep verify digits
+      fewstep verify digits steps=200 --seeds 1
       fewstep verify all
     """
     screen, place = Screen(quiet, verbose, json), pick_device(device)
     from .train.recipe import load_recipe, shipped
 
-    names = [name for name in shipped() if load_recipe(name).expect] if recipes == ["all"] else recipes
-    for name in names:
-        if not load_recipe(name).expect:
-            raise Refused(f"recipe {name!r} has no [expect] to be held to")
+    changes = [text for text in recipes if "=" in text]
+    names = [text for text in recipes if "=" not in text]
+    if names == ["all"]:
+        names = [name for name in shipped() if load_recipe(name).expect]
     from . import jobs
 
     set_threads(threads)
     with screen:
-        result = jobs.verify(names, out, seeds=seeds, device=place, watch=screen)
+        result = jobs.verify(names, out, seeds=seeds, device=place, watch=screen, overrides=changes)
     rows = result["rows"]
     shown = list(rows[0]) if rows else []
     screen.result(result, table(shown, [[row[key] for key in shown] for row in rows]))

@@ -32,7 +32,7 @@ def grid(
 
     >>> from fewstep.path import Exploding
     >>> [round(t, 3) for t in grid(Exploding(sigma_min=0.02, sigma_max=20.0), 3).tolist()]
-    [20.0, 1.673, 0.02, 0.0]
+    [20.0, 1.435, 0.02, 0.0]
 
     Raises ValueError for fewer than one step, or an unknown kind.
     """

@@ -20,7 +20,9 @@ class Screen:
         self.quiet, self.json = quiet, json
         self.live = sys.stderr.isatty() and not quiet
         self.totals: dict[str, int] = {}
-        self.since: dict[str, tuple[float, float]] = {}
+        self.began: dict[str, float] = {}
+        self.said: dict[str, float] = {}
+        self.first: dict[str, tuple[float, int]] = {}
         self.bars: dict[str, Any] = {}
         self.progress: Any = None
         if verbose == 0:
@@ -61,23 +63,26 @@ class Screen:
             print(line, file=sys.stderr, flush=True)
 
     def start(self, label: str, total: int) -> None:
-        self.totals[label], self.since[label] = total, (time.monotonic(), time.monotonic())
+        now = time.monotonic()
+        self.totals[label], self.began[label], self.said[label] = total, now, now
+        self.first.pop(label, None)
         if self.progress is not None:
             self.bars[label] = self.progress.add_task(label, total=total, rate="", note="")
 
     def advance(self, label: str, done: int, note: str = "") -> None:
-        now, (start, said) = time.monotonic(), self.since[label]
-        rate = done / max(now - start, 1e-9)
+        now = time.monotonic()
+        since, before = self.first.setdefault(label, (now, done))  # a resumed job begins in the middle
+        rate = (done - before) / (now - since) if now > since else 0.0
         if self.progress is not None:
             fields = {"rate": f"{rate:.3g}/s", **({"note": note} if note else {})}
             self.progress.update(self.bars[label], completed=done, **fields)
-        elif now - said > 10:
-            self.since[label] = (start, now)
-            left = (self.totals[label] - done) / max(rate, 1e-9)
-            self.say(f"{label} {done}/{self.totals[label]}, {rate:.3g}/s, {left:.0f} s left{note and ', ' + note}")
+        elif now - self.said[label] >= 10:
+            self.said[label] = now
+            left = f", {rate:.3g}/s, {(self.totals[label] - done) / rate:.0f} s left" if rate else ""
+            self.say(f"{label} {done}/{self.totals[label]}{left}{note and ', ' + note}")
 
     def finish(self, label: str) -> None:
-        taken = time.monotonic() - self.since.pop(label)[0]
+        taken = time.monotonic() - self.began[label]
         if self.progress is not None:
             self.progress.update(self.bars[label], completed=self.totals[label], note=f"{taken:.0f} s")
         else:

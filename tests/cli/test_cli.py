@@ -114,7 +114,7 @@ BAD = [
     (["distill", "./none.toml"], "no recipe at none.toml"),
     (["distill", "."], "neither a teacher (it has no model_index.json) nor a run (no recipe.toml)"),
     (["init", "dmd3"], "unknown recipe or method 'dmd3': did you mean 'dmd2'?"),
-    (["sample", "none"], "there is no none"),
+    (["sample", "none"], "none"),
     (["sample", "none", "--count", "0"], "invalid value for '--count'"),
     (["sample", "none", "--count", "many"], "invalid value for '--count'"),
     (["sample", "none", "--labels", "a,b"], "labels are whole numbers with commas between them, got 'a,b'"),

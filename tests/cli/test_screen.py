@@ -27,10 +27,19 @@ def test_without_a_terminal_progress_is_a_line_every_ten_seconds_with_rate_time_
         screen.finish("student")
     out, err = capsys.readouterr()
     lines = err.splitlines()
-    assert lines[0] == "student 110/1000, 10/s, 89 s left, loss 0.25"
-    assert len(lines) == 3
+    assert lines[0] == "student 100/1000, 10/s, 90 s left, loss 0.25"
+    assert len(lines) == 4
     assert lines[-1] == "student done in 30.0 s"
     assert out == ""
+
+
+def test_the_rate_of_a_resumed_job_counts_only_what_was_done_now(capsys, clock):
+    with Screen(quiet=False, verbose=0, json=False) as screen:
+        screen.start("student", 1000)
+        screen.advance("student", 500)
+        clock[0] = 20
+        screen.advance("student", 600)
+    assert capsys.readouterr().err == "student 600/1000, 5/s, 80 s left\n"
 
 
 def test_quiet_says_nothing(capsys, clock):
