@@ -375,4 +375,3 @@ def _eight_bit(picture: Any) -> Any:
     else:
         top = 255.0 if picture.mode == "I" and values.max() <= 255 else 65535.0
     return Image.fromarray((values / top * 255).round().clip(0, 255).astype(np.uint8))
-
