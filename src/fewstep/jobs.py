@@ -247,7 +247,7 @@ def distill(
     student, facts = _learn(recipe, run, setting, resume, device, eyes, "distill")
     report = None
     if recipe.evaluate.enabled:
-        report = _evaluated(recipe, run, setting, student, facts, device, eyes)
+        report = _evaluated(recipe, run, setting, student, facts, eyes)
     _save(recipe, run, setting, student, facts, report, eyes)
     if report is None:
         return {"model": str(run / "student"), **facts}
@@ -259,9 +259,9 @@ def distill(
 
 
 def _evaluated(
-    recipe: Recipe, run: File, setting: Setting, student: Student, facts: Mapping[str, Any], device: str, watch: Watch
+    recipe: Recipe, run: File, setting: Setting, student: Student, facts: Mapping[str, Any], watch: Watch
 ) -> Any:
-    from .evaluate import Protocol, evaluate, save_scores
+    from .evaluate import Protocol, evaluate
     from .metrics.features import features_for
 
     task = setting.task
@@ -273,7 +273,8 @@ def _evaluated(
         None if makes == "teacher" else student, teacher, task, Protocol(**recipe.evaluate.protocol), features,
         watch=watch, seed=recipe.seed, train=pixels.train, cache=run / "cache",
     )  # fmt: skip
-    save_scores(report, run, training=dict(facts), name=recipe.name or recipe.method.name)
+    report.save(run)
+    write_text(run / "training.json", json.dumps(facts, indent=1))
     return report
 
 
@@ -285,7 +286,7 @@ def _save(
 
     task, name = setting.task, recipe.name or recipe.method.name
     training = {"steps": list(facts["steps"]), "seconds": round(facts["seconds"], 1), "seed": recipe.seed}
-    rows = list(report.rows) if report is not None else []
+    rows = [row.model_dump(mode="json") for row in report.rows] if report is not None else []
     pictures = _sheet(student, task, recipe.seed)
     if method_class(recipe.method.name).makes == "teacher":
         folder = run / "teacher"
@@ -430,7 +431,7 @@ def evaluate(
     watch: Watch | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure a student beside its teacher by the protocol; writes ``out`` as a run folder with a report."""
-    from .evaluate import Protocol, save_scores, write_report
+    from .evaluate import Protocol, write_report
     from .evaluate import evaluate as measure
     from .interop import load_student, load_teacher
     from .metrics.features import features_for
@@ -446,7 +447,7 @@ def evaluate(
         loaded.student, teacher.denoiser, task, Protocol(), features_for(task, out / "cache"), watch=watch or Nobody(),
         seed=seed, train=task.train, cache=out / "cache",
     )  # fmt: skip
-    save_scores(report, out, training={}, name=str(student))
+    report.save(out)
     write_report(out)
     content: dict[str, Any] = json.loads((out / "report" / "report.json").read_text(encoding="utf-8"))
     return content
@@ -462,7 +463,7 @@ def compare(
     watch: Watch | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure several students under one protocol, from the same noise; one table, one report."""
-    from .evaluate import Protocol, save_scores, write_report
+    from .evaluate import Protocol, write_report
     from .evaluate import compare as measure
     from .interop import load_student
     from .metrics.features import features_for
@@ -473,8 +474,9 @@ def compare(
     for name, student in loaded.items():
         _fits(task, student.shape, name)
     out.mkdir(parents=True, exist_ok=True)
-    report = measure(loaded, task, Protocol(), features_for(task, out / "cache"), watch=watch or Nobody(), seed=seed)
-    save_scores(report, out, training={}, name="comparison")
+    features = features_for(task, out / "cache")
+    report = measure(loaded, None, task, Protocol(), features, watch=watch or Nobody(), seed=seed)
+    report.save(out)
     write_report(out)
     content: dict[str, Any] = json.loads((out / "report" / "report.json").read_text(encoding="utf-8"))
     return content
@@ -571,12 +573,13 @@ def _cost(part: Recipe, setting: Setting, method: Method, run: File, index: int,
 # -- verifying ----------------------------------------------------------------------------------
 
 
-def scores_of(report: Mapping[str, Any]) -> dict[str, float]:
+def scores_of(report: Mapping[str, Any], training: Mapping[str, Any] | None = None) -> dict[str, float]:
     """The figures that a recipe's ``[expect]`` may name, from a report.
 
     Of the student's first row (of the teacher's full row where there is no student) its columns; besides,
     ``over_floor``: the teacher's full Fréchet distance over the floor; ``best_over_floor``: its best at
-    up to 8 calls; ``over_teacher``: student over teacher; ``speedup``: of throughput against the teacher.
+    up to 8 calls; ``over_teacher``, ``over_four_calls``: the student over the teacher there;
+    ``speedup``: of throughput against the full teacher; ``seconds``: of training, pairs included.
     """
     rows: list[Mapping[str, Any]] = list(report["rows"])
     named = {kind: [r for r in rows if r["model"] == kind] for kind in ("student", "teacher", "real")}
@@ -596,9 +599,8 @@ def scores_of(report: Mapping[str, Any]) -> dict[str, float]:
         fours = [float(r["frechet"]) for r in few if r["nfe"] == 4]
         if fours:
             out["over_four_calls"] = float(main["frechet"]) / min(fours)
-    training = report.get("training") or {}
-    if "seconds" in training:
-        out["seconds"] = float(training["seconds"]) + float(training.get("pairs_seconds", 0.0))
+    if training:
+        out["seconds"] = float(training["seconds"]) + float(training["pairs_seconds"])
     return out
 
 
@@ -626,7 +628,8 @@ def verify(
                 if place.exists() and not same:
                     shutil.rmtree(place)
                 distill(one, place, resume=same, device=device, watch=watch)
-            found.append(scores_of(json.loads(file.read_text(encoding="utf-8"))))
+            training = json.loads((place / "training.json").read_text(encoding="utf-8"))
+            found.append(scores_of(json.loads(file.read_text(encoding="utf-8")), training))
         for metric, bar in recipe.expect.items():
             values = [scores[metric] for scores in found if metric in scores]
             if not values:

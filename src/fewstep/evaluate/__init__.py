@@ -1,0 +1,39 @@
+"""Evaluation: one honest protocol, one table, one page."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .measure import compare, evaluate
+    from .page import table, write_report
+    from .protocol import Protocol
+    from .rows import Report, Row, Scores, read_scores
+    from .verdict import Verdict, judge
+
+WHERE = {
+    "compare": "measure",
+    "evaluate": "measure",
+    "table": "page",
+    "write_report": "page",
+    "Protocol": "protocol",
+    "Report": "rows",
+    "Row": "rows",
+    "Scores": "rows",
+    "read_scores": "rows",
+    "Verdict": "verdict",
+    "judge": "verdict",
+}
+
+__all__ = [
+    "Protocol", "Report", "Row", "Scores", "Verdict", "compare", "evaluate", "judge", "read_scores", "table", "write_report",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Parts are imported when they are first asked for: reading a report needs no torch."""
+    import importlib
+
+    if name not in WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{WHERE[name]}"), name)

@@ -149,7 +149,8 @@ class Stage:
         flat_train = self.train.data.flatten(1) if len(self.train) else None
         self.real = Sample(found, flat=test.data, labels=self.labels, predicted=seen, train=flat_train)
         self.metrics = self._metrics()
-        self.shown = shown_rows(self.labels, task.classes, self.count)
+        vectors = len(task.shape) == 1
+        self.shown = torch.arange(min(self.count, 4000)) if vectors else shown_rows(self.labels, task.classes, self.count)
         self.pictures: dict[str, Tensor] = {}
 
     def _metrics(self) -> dict[str, Metric]:

@@ -122,6 +122,8 @@ class Contract(Part):
         table = getattr(path, "alphas_cumprod", ())
         if table and (not all(math.isfinite(a) and 0 <= a <= 1 for a in table) or _rises(table)):
             raise ValueError("path.alphas_cumprod must fall from 1 to 0")
+        if self.prediction in ("edm", "cm") and path.kind != "exploding":
+            raise ValueError(f"prediction {self.prediction!r} needs the exploding path, got {path.kind!r}")
         if not path.t_min < self.start <= path.t_max * (1 + 1e-6):
             raise ValueError(f"start must lie in ({path.t_min:g}, {path.t_max:g}], got {self.start:g}")
         if self.role == "student" and not self.steps:
@@ -136,8 +138,6 @@ class Contract(Part):
                 raise ValueError(f"{one.count} steps end at {one.times[-1]:g}, which is clean already")
         if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
             raise ValueError(f"value_range needs low < high, got {list(self.value_range)}")
-        if self.prediction in ("edm", "cm") and path.kind != "exploding":
-            raise ValueError(f"prediction {self.prediction!r} needs the exploding path, got {path.kind!r}")
         return self
 
     # -- reading and writing ------------------------------------------------------------------------
@@ -259,7 +259,7 @@ def _rises(table: tuple[float, ...]) -> bool:
 
 def _first_line(error: ValidationError) -> str:
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"]) or "the whole"
+    where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         known = list(Contract.model_fields) + list(Steps.model_fields) + list(Preconditioning.model_fields)
         known += list(Guidance.model_fields) + list(Origin.model_fields)
@@ -269,4 +269,4 @@ def _first_line(error: ValidationError) -> str:
     message = str(first["msg"]).removeprefix("Value error, ").splitlines()[0]
     if first["type"] == "missing":
         return f"{where} is missing"
-    return f"{where}: {message}" + ("" if first["type"] == "value_error" else f", got {shown}")
+    return (f"{where}: " if where else "") + message + ("" if first["type"] == "value_error" else f", got {shown}")

@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import sys
 from pathlib import Path as File
-from typing import Any
+from typing import Any, cast
 
 from pydantic import ValidationError
 from torch import nn
@@ -65,14 +65,14 @@ def method_options(section: MethodSection, recipe: Recipe, task: Task) -> Any:
 def make_student(recipe: Recipe, task: Task, teacher: Denoiser | None, shape: tuple[int, ...]) -> Student:
     """The student that a recipe describes: a network of its own, or a copy of the teacher."""
     section, cls = recipe.student, method_class(recipe.method.name)
+    denoiser: Denoiser
     options = method_options(recipe.method, recipe, task)
     if section.net is not None:
         denoiser = _own(recipe, task, teacher, cls)
     elif isinstance(inner_of(teacher), Wrapped):
-        denoiser = copy.deepcopy(teacher)
+        denoiser = copy.deepcopy(cast(Denoiser, teacher))
     else:
         raise Refused(f"method {cls.name!r} needs a network to train: give [student] net = {{ kind = ... }}")
-    assert denoiser is not None
     if cls.flow_map:
         denoiser = _reading_spans(denoiser)
     if cls.straight:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..cond import Cond
+from ..cond import Cond, move
+from ..grid import grid
+from ..solvers import DPM2M, sample, start_noise
 from ..student import Student
 from ..tasks.base import Task
 
@@ -44,9 +46,10 @@ class Probe:
 
 
 class Prober:
-    """Looks at the same few noises each time."""
+    """Looks at the same few noises each time; a teacher in the making is sampled in eight calls."""
 
-    def __init__(self, task: Task, seed: int) -> None:
+    def __init__(self, task: Task, seed: int, makes: str = "student") -> None:
+        self.makes = makes
         generator = torch.Generator().manual_seed(seed)
         count = min(ROWS, len(task.train))
         real = task.train.rows(torch.randperm(len(task.train), generator=generator)[:count])
@@ -58,12 +61,16 @@ class Prober:
     def __call__(self, student: Student) -> tuple[Probe, Tensor]:
         """The probe and the samples."""
         device = next(student.parameters()).device
-        from ..cond import move
-
+        noise, cond = self.noise.to(device), move(self.cond, device)
         training = student.training
         student.eval()
         with torch.no_grad():
-            samples = student.generate(self.noise.to(device), move(self.cond, device)).float().cpu()
+            if self.makes == "teacher":
+                times = grid(student.path, 8)
+                x = start_noise(student.path, float(times[0]), noise)
+                samples = sample(student.denoiser, x, times, DPM2M(), cond=cond).float().cpu()
+            else:
+                samples = student.generate(noise, cond).float().cpu()
         student.train(training)
         here = self._facts(samples)
         ratios = [a / max(b, 1e-12) for a, b in zip(here, self.facts, strict=True)]

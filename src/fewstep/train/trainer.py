@@ -157,7 +157,7 @@ class Trainer:
         self._prepare(method)
         players = {name: Player(getattr(method, name), recipe.optim_of(name)) for name in method.players}
         average = Average(method.student, recipe.ema.decay, recipe.ema.warmup) if recipe.ema.decay > 0 else None
-        prober = Prober(task, mix(recipe.seed, "probe"))
+        prober = Prober(task, mix(recipe.seed, "probe"), method.makes)
         every = recipe.checkpoint.every or max(steps // 10, 1)
         probe_every = recipe.log.probe or max(steps // PROBES, 1)
         if not resume:

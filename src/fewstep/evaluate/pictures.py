@@ -1,0 +1,158 @@
+"""Grids of samples from the same noise, as PNG."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import need
+from .rows import Row, Sheet, best_teacher
+from .sampling import Candidate
+
+if TYPE_CHECKING:
+    from .measure import Stage
+
+TILE = 40
+"""Least side of a picture in a grid, in pixels; smaller ones are enlarged by a whole factor."""
+PLOT = 480
+
+
+def sheets(
+    stage: Stage, candidates: list[Candidate], rows: tuple[Row, ...], hashes: dict[str, str]
+) -> tuple[dict[str, bytes], tuple[Sheet, ...]]:
+    """PNG files and what they show: students, the teacher at its best few steps, in full and in one call, real data,
+    and the nearest training samples."""
+    need("PIL", "evaluate")
+    wanted: list[tuple[str, str, Any, int, str]] = []  # file, kind, title, calls, model hash
+    for candidate in candidates:
+        if candidate.model.startswith("student"):
+            name = candidate.model.partition(":")[2]
+            file = f"student_{_plain(name) + '_' if name else ''}{candidate.nfe}"
+            wanted.append((file, "student", candidate.title, candidate.nfe, hashes.get(candidate.model, "")))
+    best = best_teacher(rows)
+    ends = [("teacher_best", best), ("teacher_full", next((r for r in rows if r.model == "teacher"), None))]
+    ends.append(("teacher_1", next((r for r in rows if r.teacher and r.nfe == 1), None)))
+    for file, row in ends:
+        if row is not None and row.title not in [w[2] for w in wanted]:
+            wanted.append((file, "teacher", row.title, row.nfe, hashes.get("teacher", "")))
+    wanted.append(("real", "real", "Real, unseen", 0, ""))
+    pictures: dict[str, bytes] = {}
+    listed: list[Sheet] = []
+    columns = columns_of(stage)
+    for file, kind, title, calls, model in wanted:
+        samples = stage.pictures[title]
+        drawn = draw(stage, samples, columns)
+        if drawn is None:
+            continue
+        path = f"samples/{file}.png"
+        if path in pictures:
+            path = f"samples/{file}_{len(pictures)}.png"
+        pictures[path] = png(drawn, {"model": model, "seed": str(stage.seed), "steps": str(calls), "made": kind != "real"})
+        listed.append(Sheet(file=path, title=title, kind=kind, alt=f"{len(samples)} samples", columns=columns))
+    near = neighbours(stage, [w for w in wanted if w[1] == "student"])
+    if near is not None:
+        pictures["samples/nearest.png"] = png(near, {"seed": str(stage.seed), "made": True})
+        listed.append(
+            Sheet(
+                file="samples/nearest.png",
+                title="Each sample of the student above its nearest training sample",
+                kind="nearest",
+                alt="pairs of a generated and a training sample",
+                columns=10,
+            )
+        )
+    return pictures, tuple(listed)
+
+
+def columns_of(stage: Stage) -> int:
+    classes = stage.task.classes
+    return classes if stage.labels is not None and classes and classes <= 10 else 10
+
+
+def draw(stage: Stage, samples: Tensor, columns: int) -> Tensor | None:
+    """A grid of pictures, or of vectors a scatter of their first two coordinates: uint8 [H, W, 1 or 3]."""
+    shown = stage.task.pictures(samples)
+    if shown is not None:
+        return tiled(shown, columns)
+    if len(stage.task.shape) == 1:
+        return scatter(samples, stage.real.flat)
+    return None
+
+
+def tiled(shown: Tensor, columns: int) -> Tensor:
+    """Pictures uint8 [n, h, w, c] side by side, enlarged without smoothing, with a line of white between."""
+    factor = max(1, -(-TILE // shown.shape[1]))
+    shown = shown.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+    n, h, w, c = shown.shape
+    lines, gap = -(-n // columns), 2
+    sheet = torch.full((lines * (h + gap) - gap, columns * (w + gap) - gap, c), 255, dtype=torch.uint8)
+    for i in range(n):
+        top, left = (i // columns) * (h + gap), (i % columns) * (w + gap)
+        sheet[top : top + h, left : left + w] = shown[i]
+    return sheet
+
+
+def scatter(samples: Tensor, reference: Tensor | None) -> Tensor:
+    """Where samples lie, dark on white, in the frame of the reference; one coordinate is spread by its density."""
+    frame = samples if reference is None else reference
+    points, frame = _plane(samples), _plane(frame)
+    low, high = frame.min(0).values, frame.max(0).values
+    margin = 0.15 * (high - low).clamp(min=1e-6)
+    scaled = (points - low + margin) / (high - low + 2 * margin)
+    inside = ((scaled >= 0) & (scaled < 1)).all(1)
+    cell = (scaled[inside] * PLOT).long()
+    sheet = torch.zeros(PLOT, PLOT)
+    flat = (PLOT - 1 - cell[:, 1]) * PLOT + cell[:, 0]
+    sheet.view(-1).index_add_(0, flat, torch.ones(len(flat)))
+    dots = torch.nn.functional.conv2d(sheet[None, None], torch.ones(1, 1, 3, 3), padding=1)[0, 0]
+    ink = (1 - (-0.7 * dots).exp()).unsqueeze(2)
+    colour = torch.tensor([24.0, 78.0, 158.0])
+    return (255 * (1 - ink) + colour * ink).round().to(torch.uint8)
+
+
+def _plane(points: Tensor) -> Tensor:
+    points = points.flatten(1).float()
+    if points.shape[1] >= 2:
+        return points[:, :2]
+    rank = torch.arange(len(points), dtype=torch.float32) / max(1, len(points) - 1)
+    return torch.stack([points[:, 0], rank], 1)
+
+
+def neighbours(stage: Stage, students: list[tuple[str, str, Any, int, str]]) -> Tensor | None:
+    """Ten samples of the first student, and below each its nearest training sample."""
+    from ..metrics.distances import nearest
+
+    if not students or not len(stage.train):
+        return None
+    samples = stage.pictures[students[0][2]][:10]
+    shown = stage.task.pictures(samples)
+    if shown is None:
+        return None
+    _, where = nearest(samples.flatten(1).float(), stage.train.data.flatten(1).float())
+    found = stage.task.pictures(stage.train.data[where])
+    return None if found is None else tiled(torch.cat([shown, found]), len(samples))
+
+
+def png(picture: Tensor, about: dict[str, Any]) -> bytes:
+    """uint8 [H, W, 1 or 3] as PNG; generated ones say in their metadata what made them."""
+    from PIL import Image, PngImagePlugin
+
+    pixels = picture.numpy()
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Software", "fewstep")
+    if about.pop("made"):
+        info.add_text("DigitalSourceType", "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia")
+        for key, value in about.items():
+            info.add_text(key, value)
+    out = io.BytesIO()
+    image.save(out, "PNG", optimize=True, pnginfo=info)
+    return out.getvalue()
+
+
+def _plain(name: str) -> str:
+    """A name that is safe in a file name."""
+    return "".join(c if c.isalnum() or c in "-_" else "-" for c in name)[:40] or "model"

@@ -1,0 +1,188 @@
+import pytest
+import torch
+from games import Nudged, Script, batch_of, gradients, mlp, play, sigma_points, stream
+from laws import ExactMap, draw, exact_student, gaussian, seeded
+
+from fewstep.denoiser import Reframed
+from fewstep.losses import squared_error
+from fewstep.method import Batch
+from fewstep.methods.denoising import FlowMatching, FlowMatchingOptions
+from fewstep.methods.meanflow import MeanFlow, MeanFlowOptions
+from fewstep.path import Exploding, NoiseSampler, Straight, column
+from fewstep.rng import Rng
+from fewstep.student import Student
+
+TIMES = [(0.9, 0.2), (1.0, 0.0), (0.5, 0.45), (0.3, 0.01)]
+UNIFORM = NoiseSampler(kind="uniform")
+
+
+def points(law):
+    z, eps = sigma_points(2, 2)
+    return Batch(law.mean + law.variance.sqrt() * z, None, eps)
+
+
+def steepest(loss, module):
+    return max(g.abs().max().item() for g in gradients(loss, module).values())
+
+
+@pytest.mark.parametrize(("t", "s"), TIMES)
+def test_the_average_velocity_of_a_gaussian_obeys_its_identity(t, s):
+    """u = v - (t - s) du/dt, the derivative taken by the method itself along the flow."""
+    law = gaussian()
+    game = MeanFlow(law, exact_student(law))
+    x = draw(law, 32, t)
+    t, s = (torch.full((32,), v, dtype=torch.float64) for v in (t, s))
+    v = law.velocity(x, t)
+    u = game.student(x, t, s, None, "average_velocity")
+    rate = game.derivative(x, t, s, v, None)
+    assert torch.allclose(u, v - column(t - s, x) * rate, rtol=0, atol=1e-12)
+    assert not torch.allclose(u, v + column(t - s, x) * rate, atol=1e-3)  # the sign
+    other = game.derivative(x, t, s, torch.zeros_like(v), None)  # not along the flow
+    assert not torch.allclose(u, v - column(t - s, x) * other, atol=1e-3)
+
+
+@pytest.mark.parametrize(("t", "s"), TIMES)
+def test_the_average_velocity_times_the_jump_is_how_far_the_flow_goes(t, s):
+    law = gaussian()
+    x = draw(law, 32, t)
+    u = exact_student(law)(x, t, s, None, "average_velocity")
+    assert torch.allclose(x - (t - s) * u, law.flow_map(x, t, s), atol=1e-12)
+
+
+@pytest.mark.parametrize("t", [0.2, 0.9])
+def test_a_central_difference_is_the_exact_derivative_to_second_order(t):
+    law, s = gaussian(), 0.05
+    x = draw(law, 32, t)
+    times = [torch.full((32,), v, dtype=torch.float64) for v in (t, s)]
+    v = law.velocity(x, times[0])
+    exact = MeanFlow(law, exact_student(law)).derivative(x, *times, v, None)
+
+    def error(step):
+        options = MeanFlowOptions(derivative="difference", step=step)
+        return (MeanFlow(law, exact_student(law), options).derivative(x, *times, v, None) - exact).abs().max().item()
+
+    assert error(1e-3) < 1e-4
+    assert 3.5 < error(4e-2) / error(2e-2) < 4.5
+
+
+@pytest.mark.parametrize("power", [0.0, 0.75])
+def test_loss_and_gradient_vanish_at_the_exact_flow_map_of_the_teacher(power):
+    law = gaussian()
+    student = Student(Nudged(ExactMap(law), "flow", 2), (2,))
+    game = MeanFlow(law, student, MeanFlowOptions(jumps=1.0, power=power, levels=NoiseSampler(low=0.01)))
+    loss = game.loss("student", batch_of(64, dtype=torch.float64), Rng(0)).total
+    assert loss < 1e-22
+    assert steepest(loss, student.denoiser) < 1e-12
+    wrong = Student(Nudged(ExactMap(gaussian(std=(0.6, 1.5))), "flow", 2), (2,))
+    game = MeanFlow(law, wrong, game.options)
+    assert steepest(game.loss("student", batch_of(64, dtype=torch.float64), Rng(0)).total, wrong.denoiser) > 1e-3
+
+
+@pytest.mark.parametrize(("t", "s"), TIMES)
+def test_without_a_teacher_the_expected_gradient_vanishes_at_the_exact_flow_map(t, s):
+    """eps - x0 is right on average given x_t, and the target is linear in it: quadratic, so sigma points are exact."""
+    law = gaussian()
+
+    def slope(std):
+        student = Student(Nudged(ExactMap(gaussian(std=std)), "flow", 2), (2,))
+        game = MeanFlow(None, student, MeanFlowOptions(jumps=1.0, power=0.0, levels=UNIFORM))
+        loss = game.loss("student", points(law), Script(uniforms=[s, t, 0.0])).total
+        return steepest(loss, student.denoiser), loss
+
+    rest, loss = slope((0.5, 1.5))
+    assert rest < 1e-11
+    assert loss > 0.1  # the spread of eps - x0 stays
+    assert slope((0.6, 1.5))[0] > 1e-3
+
+
+def test_the_target_carries_no_gradient():
+    """The gradient is that of the error to a target held still; through the target it would be another."""
+    game = MeanFlow(None, Student(mlp(reads_s=True, prediction="flow", dtype=torch.float64), (2,)),
+                    MeanFlowOptions(jumps=1.0, power=0.0, levels=UNIFORM))  # fmt: skip
+    torch.nn.init.normal_(game.student.denoiser.net.span_embedding.linear_2.weight, std=0.1)
+    batch = batch_of(8, dtype=torch.float64)
+    found = gradients(game.loss("student", batch, Script(uniforms=[0.2, 0.8, 0.0])).total, game.student)
+    t, s = (torch.full((8,), v, dtype=torch.float64) for v in (0.8, 0.2))
+    x_t, v = game.student.path.corrupt(batch.data, t, batch.noise), batch.noise - batch.data
+
+    def u(x, time):
+        return game.student(x, time, s, None, "average_velocity")
+
+    value, rate = torch.func.jvp(u, (x_t, t), (v, torch.ones_like(t)))
+
+    def against(target):
+        return gradients(2 * squared_error(u(x_t, t), target).mean(), game.student)  # a sum over two elements
+
+    stopped, through = against((v - 0.6 * rate).detach()), against(v - 0.6 * rate)
+    assert all(torch.allclose(found[k], stopped[k], rtol=1e-9, atol=1e-12) for k in found)
+    assert any(not torch.allclose(found[k], through[k], rtol=0.05) for k in found)
+
+
+def test_without_jumps_it_is_flow_matching():
+    student = Student(mlp(reads_s=True, prediction="flow"), (2,))
+    batch = batch_of(16)
+    level = NoiseSampler(low=0.4, high=0.4)
+    mean = MeanFlow(None, student, MeanFlowOptions(jumps=0.0, power=0.0, levels=level)).loss("student", batch, Rng(0))
+    flow = FlowMatching(None, student, FlowMatchingOptions(levels=level)).loss("student", batch, Rng(0))
+    assert mean.total.item() == pytest.approx(2 * flow.total.item(), rel=1e-6)  # a sum over two elements
+    ours, theirs = gradients(mean.total, student), gradients(flow.total, student)
+    shared = [k for k in ours if "span" not in k]
+    assert all(torch.allclose(ours[k], 2 * theirs[k], rtol=1e-4, atol=1e-7) for k in shared)
+
+
+def test_the_adaptive_weight_is_a_power_of_the_stopped_squared_error():
+    student, batch = Student(mlp(reads_s=True, prediction="flow"), (2,)), batch_of(1)
+
+    def loss(**options):
+        options = MeanFlowOptions(jumps=1.0, levels=UNIFORM, c=0.01, **options)
+        return MeanFlow(None, student, options).loss("student", batch, Rng(0)).total
+
+    plain, weighted = loss(power=0.0), loss(power=0.75)
+    assert weighted.item() == pytest.approx(plain.item() * (plain.item() + 0.01) ** -0.75, rel=1e-5)
+    one, other = gradients(weighted, student), gradients(plain, student)
+    assert all(torch.allclose(one[k], other[k] * (plain.item() + 0.01) ** -0.75, rtol=1e-4, atol=1e-8) for k in one)
+
+
+def test_the_derivative_is_paid_for_the_rows_that_jump_alone():
+    student = Student(mlp(reads_s=True, prediction="flow"), (2,))
+    game = MeanFlow(None, student, MeanFlowOptions(jumps=0.5))
+    seen = []
+    plain = game.derivative
+    game.derivative = lambda x, *rest: seen.append(len(x)) or plain(x, *rest)
+    for k in range(20):
+        game.loss("student", batch_of(50), Rng(k))
+    assert 400 < sum(seen) < 600
+    assert max(seen) < 50
+
+
+def test_both_derivatives_give_nearly_the_same_loss():
+    student, batch = Student(mlp(reads_s=True, prediction="flow", dtype=torch.float64), (2,)), batch_of(32, dtype=torch.float64)
+    exact, difference = (
+        MeanFlow(None, student, MeanFlowOptions(derivative=kind, step=1e-3, power=0.0)).loss("student", batch, Rng(0)).total
+        for kind in ("exact", "difference")
+    )
+    assert difference.item() == pytest.approx(exact.item(), rel=1e-2)
+
+
+def test_another_path_is_refused_unless_it_is_seen_as_a_straight_one():
+    with pytest.raises(ValueError, match="straight path, got Exploding"):
+        MeanFlow(None, Student(mlp(Exploding(), reads_s=True), (2,)))
+    straight = Student(Reframed(mlp(Exploding(), reads_s=True), Straight(end=0.98)), (2,))
+    assert MeanFlow(None, straight).loss("student", batch_of(4), Rng(0)).total.isfinite()
+
+
+@pytest.mark.parametrize("distil", [False, True], ids=["from data", "from a teacher"])
+def test_a_short_run_comes_close_to_the_average_velocity_of_a_gaussian(distil):
+    law = gaussian(mean=(0.5, -0.3), std=(0.5, 1.2))
+    student = Student(mlp(width=64, reads_s=True, prediction="flow"), (2,))
+    game = MeanFlow(law if distil else None, student, MeanFlowOptions(levels=UNIFORM, power=0.5))
+    z = torch.randn(2000, 2, generator=seeded(1))
+    wanted = law.flow_map(z, 1.0, 0.0)
+
+    def error():
+        return ((student.generate(z) - wanted).square().mean() / wanted.var(0).mean()).sqrt().item()
+
+    before = error()
+    play(game, stream(law, 256), 600, rate=4e-3)
+    assert before > 0.5
+    assert error() < 0.06
