@@ -192,7 +192,9 @@ def test_schedulers_of_one_table_are_one_path_whatever_their_frame(pipes):
     from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
     config = pipes.ddim().scheduler.config
-    paths = [read_schedule(kind.from_config(config)).path for kind in (DPMSolverMultistepScheduler, EulerDiscreteScheduler)]
+    paths = [
+        read_schedule(kind.from_config(config)).path for kind in (DPMSolverMultistepScheduler, EulerDiscreteScheduler)
+    ]
     assert all(isinstance(path, Tabulated) for path in paths)
     assert paths[0] == paths[1] == read_schedule(pipes.ddim().scheduler).path
 

@@ -51,7 +51,9 @@ def students_of(teacher):
 
 
 @pytest.mark.parametrize("kind", ["ddpm", "ddim", "dit", "cm"])
-def test_a_student_of_every_pipeline_runs_in_a_process_without_this_package(teachers, tmp_path, kind):
+def test_a_student_of_every_pipeline_runs_in_plain_diffusers(teachers, tmp_path, request, kind):
+    if kind in ("ddpm", "ddim"):
+        request.getfixturevalue("here")  # the others pay for a fresh process
     teacher = teachers[kind]
     check = save_student(students_of(teacher), tmp_path / "s", teacher=teacher, method="test")
     assert check.ok
@@ -324,7 +326,7 @@ def test_changed_weights_are_noticed_on_loading_and_by_the_check(saved, tmp_path
     tensors = load_file(folder / "model.safetensors")
     tensors["out.bias"] += 0.1
     save_file(tensors, str(folder / "model.safetensors"))
-    with pytest.warns(UserWarning, match="golden sample differs by 1"):
+    with pytest.warns(UserWarning, match="golden sample differs by"):
         load_student(folder)
     check = check_student(folder)
     assert not check.ok
@@ -349,6 +351,28 @@ def test_a_folder_without_a_golden_sample_is_refused(saved, tmp_path):
     save_file({"noise": torch.zeros(1, 2)}, str(folder / "golden.safetensors"), metadata={"golden": "[]"})
     with pytest.raises(Refused, match="no valid golden facts"):
         load_student(folder)
+
+
+def test_a_scheduler_that_was_changed_fails_the_check(tmp_path, here):
+    student = Student(edm(unet()), (1, 8, 8), start=2.5, steps={1: (2.5,), 2: (2.5, 0.8)}, policy="renoise")
+    save_student(student, tmp_path / "s", method="test")
+    file = tmp_path / "s" / "scheduler" / "scheduler_config.json"
+    good = json.loads(file.read_text())
+    for change in ({"sigma_data": 0.5}, {"sigma_max": 2.6}, {"sigma_min": 0.1}, {"clip_denoised": True}, {"rho": 7.0}):
+        file.write_text(json.dumps(good | change))
+        check = check_student(tmp_path / "s")
+        assert not check.ok, change
+        assert "differ from the golden sample" in check.messages[0]
+
+
+def test_a_student_of_ours_ships_in_its_teachers_pipeline_where_that_holds_it(teachers, tmp_path, here):
+    for kind, wanted in (("ddpm", "DDPMPipeline"), ("ddim", "DDIMPipeline")):
+        one = Wrapped(unet(PLAIN), teachers[kind].denoiser.path, "x0", "index")
+        assert save_student(Student(one, (1, 8, 8)), tmp_path / kind, teacher=teachers[kind], method="test").ok
+        assert load_student(tmp_path / kind).contract.pipeline == wanted
+    one = Wrapped(unet(), teachers["dit"].denoiser.path, "x0", "index")
+    save_student(Student(one, (1, 8, 8)), tmp_path / "dit", teacher=teachers["dit"], method="test", program=False)
+    assert load_student(tmp_path / "dit").contract.pipeline is None
 
 
 def test_a_contract_that_names_another_pipeline_than_the_folder_is_refused(teachers, tmp_path, here):

@@ -91,7 +91,10 @@ def own(tmp_path_factory):
     """A teacher of ours as a stock pipeline folder, with the network that it was written from."""
     pytest.importorskip("diffusers")
     torch.manual_seed(0)
-    net = UNet(UNET)
+    net = UNet(UNET)  # its zeros are gone, so that an error shows
+    with torch.no_grad():
+        for value in net.parameters():
+            value.add_(0.05 * torch.randn_like(value))
     folder = tmp_path_factory.mktemp("own") / "small"
     check = save_teacher(
         edm(net), folder, shape=(1, 8, 8), name="small", method="denoising", licence="apache-2.0", task="digits"
@@ -139,11 +142,15 @@ def test_our_teacher_loads_through_the_recorder_just_the_same(own, tmp_path):
     ],
 )
 def test_a_network_without_a_stock_form_is_written_as_our_own_folder(tmp_path, net):
-    check = save_teacher(Wrapped(net, Straight(), "velocity", "1000t"), tmp_path / "t", shape=(1, 8, 8), name="n", method="m")
+    check = save_teacher(
+        Wrapped(net, Straight(), "velocity", "1000t"), tmp_path / "t", shape=(1, 8, 8), name="n", method="m"
+    )
     assert check.ok
     assert {f.name for f in (tmp_path / "t").iterdir()} >= {"config.json", "model.safetensors", "fewstep.json"}
     x = torch.randn(2, 1, 8, 8)
-    assert torch.equal(load_teacher(tmp_path / "t").denoiser(x, 0.5), Wrapped(net.eval(), Straight(), "velocity", "1000t")(x, 0.5))
+    assert torch.equal(
+        load_teacher(tmp_path / "t").denoiser(x, 0.5), Wrapped(net.eval(), Straight(), "velocity", "1000t")(x, 0.5)
+    )
 
 
 def test_a_name_that_is_neither_folder_nor_packaged_is_refused(tmp_path):

@@ -110,7 +110,7 @@ def read_tensors(file: File) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise Refused(f"{file} is missing")
     try:
         with safe_open(str(file), framework="pt") as tensors:
-            return {k: tensors.get_tensor(k) for k in tensors.keys()}, dict(tensors.metadata() or {})  # noqa: SIM118
+            return {k: tensors.get_tensor(k) for k in tensors.keys()}, dict(tensors.metadata() or {})
     except (SafetensorError, OSError, ValueError) as error:
         raise Refused(f"{file} is truncated or no safetensors file: {str(error).splitlines()[0][:120]}") from None
 

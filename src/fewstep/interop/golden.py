@@ -73,7 +73,7 @@ def compare(folder: str) -> dict[str, float]:
 
     with safe_open(os.path.join(folder, "golden.safetensors"), framework="pt") as file:
         facts = json.loads(file.metadata()["golden"])
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
     labels, noise = tensors.get("labels"), tensors["noise"]
     pipe = None if facts["pipeline"] is None else load_pipeline(folder, facts["pipeline"])
     errors = {}

@@ -53,6 +53,7 @@ UNET_DEFAULTS: dict[str, Any] = {
     "norm_eps": 1e-5,
     "class_embed_type": None,
 }
+PIXELS = ("ConsistencyModelPipeline", "DDIMPipeline", "DDPMPipeline")
 SCRIPT = File(__file__).with_name("golden.py")
 
 
@@ -309,6 +310,11 @@ def _planned(student: Student, classes: int | None, teacher: Teacher | None, fol
         except ValueError as error:
             return None, str(error)
     stock = teacher.kind if teacher is not None and teacher.kind != "own" else None
+    if not recorded and stock is not None:
+        if stock not in PIXELS:
+            return None, f"{stock} does not hold a U-Net of ours"
+        if classes is not None:
+            stock = None  # of the pixel pipelines one alone takes labels
     setting = Setting(labels=classes is not None, pipeline=stock)
     if recorded and teacher is not None and teacher.recording is not None and teacher.schedule is not None:
         same = getattr(one.path, "alphas_cumprod", None) == getattr(teacher.schedule.path, "alphas_cumprod", None)
@@ -393,7 +399,7 @@ def read_golden(folder: File) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _write_pipeline(folder: File, net: nn.Module, plain: Plain, teacher: Teacher | None) -> None:
-    if teacher is None or teacher.recording is None or teacher.pipeline is None:
+    if _ours(net) or teacher is None or teacher.recording is None:
         _write_unet(folder, net, plain)
         return
     offline()

@@ -149,7 +149,7 @@ def _own(name: str, folder: File, contract: Contract) -> Teacher:
         value_range=contract.value_range,
         licence=_licence(folder, contract),
         sha256=sha256(files),
-        data_std=contract.preconditioning.data_std,
+        data_std=contract.preconditioning.data_std if contract.preconditioning.scale_input else None,
         contract=contract,
     )
 
