@@ -186,16 +186,17 @@ class Stage:
                     self.noise(use, number), self.test.cond, self.protocol.batch, self.seed, "evaluate steps", use, number
                 )
             ]
-            parts = list(draws(candidate, chunks, self._told))
-            samples = torch.cat([x for x, _ in parts])
-            calls += sum(cost * len(x) for x, cost in parts)
+            parts = list(draws(candidate, chunks, self._read, self._told))
+            samples = torch.cat([part.samples for part in parts])
+            calls += sum(part.calls * len(part.samples) for part in parts)
             broken = int((~torch.isfinite(samples.flatten(1)).all(1)).sum())
             if broken and strict:
                 raise Failed(f"{candidate.title}: {broken} of {len(samples)} samples are not finite")
             if broken:
                 return None
-            samples = self.task.finish(samples)
-            found, seen = self.features.both(samples)
+            found = torch.cat([part.features for part in parts if part.features is not None])
+            labels = [part.seen for part in parts if part.seen is not None]
+            seen = torch.cat(labels) if labels else None
             for i, number in enumerate(numbers):
                 part = slice(i * self.count, (i + 1) * self.count)
                 features.append(found[part])
@@ -209,6 +210,12 @@ class Stage:
                         )
                     )
         return torch.stack(features), details, calls / (count * self.count)
+
+    def _read(self, samples: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Finished samples, their features, and the labels seen in them."""
+        broken = ~torch.isfinite(samples)  # which a value range would hide
+        samples = self.task.finish(samples).masked_fill(broken, math.nan)
+        return samples, *self.features.both(samples)
 
     def _told(self, calls: int) -> None:
         self.done += calls
@@ -450,8 +457,8 @@ class Stage:
             if candidate.title not in self.pictures:
                 noise, cond = self.noise("noise", 0)[self.shown], rows_of(self.test.cond, self.shown)
                 chunk = chunks_of(noise, cond, len(noise), self.seed, "pictures")
-                x, _ = next(iter(draws(candidate, chunk)))
-                self.pictures[candidate.title] = self.task.finish(x)
+                drawn = next(iter(draws(candidate, chunk)))
+                self.pictures[candidate.title] = self.task.finish(drawn.samples)
 
     def _notes(self) -> tuple[str, ...]:
         if len(self.train) and len(self.train) < 0.9 * self.count and self.task.law is None:

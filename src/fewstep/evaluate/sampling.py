@@ -106,28 +106,43 @@ class Chunk:
     keys: tuple[int | str, ...]
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """Samples of a chunk on the CPU, the calls that each of them cost, and what was read off them."""
+
+    samples: Tensor
+    calls: float
+    features: Tensor | None = None
+    seen: Tensor | None = None
+
+
 def draws(
     candidate: Candidate,
     chunks: list[Chunk],
+    read: Callable[[Tensor], tuple[Tensor, Tensor, Tensor | None]] | None = None,
     told: Callable[[int], None] | None = None,
-) -> Iterator[tuple[Tensor, float]]:
-    """Samples of each chunk on the CPU, in order, and the calls that each of its samples cost.
+) -> Iterator[Drawn]:
+    """Draw each chunk, in order; ``read`` finishes samples and takes their features, beside the drawing.
 
     On a CPU the chunks are spread over as many workers as torch has threads, one thread each: several small
     batches side by side are faster than one whose every layer is split, above all on a busy machine.
     """
     device = candidate.device
 
-    def run(chunk: Chunk) -> tuple[Tensor, float]:
+    def run(chunk: Chunk) -> Drawn:
         with torch.inference_mode():
             network, counter = counted(candidate.network)
             rng = Rng(*chunk.keys, device=device)
             x = candidate.draw(network, chunk.noise.to(device), move(chunk.cond, device), rng)
-            return x.float().cpu(), counter.images / len(chunk.noise)
+            x, calls = x.float().cpu(), counter.images / len(chunk.noise)
+            if read is None:
+                return Drawn(x, calls)
+            finished, features, seen = read(x)
+            return Drawn(finished, calls, features, seen)
 
-    def tell(found: tuple[Tensor, float]) -> tuple[Tensor, float]:
+    def tell(found: Drawn) -> Drawn:
         if told is not None:
-            told(round(found[1] * len(found[0])))
+            told(round(found.calls * len(found.samples)))
         return found
 
     threads = torch.get_num_threads()
