@@ -15,6 +15,7 @@ from fewstep.path import Exploding, Straight, VariancePreserving
 from fewstep.student import Student
 
 UNET = UNetConfig(shape=(1, 8, 8), widths=(8, 16), groups=4, classes=3)
+LABELLED = "ConsistencyModelPipeline"
 PLAIN = UNET.model_copy(update={"classes": None})
 
 
@@ -116,8 +117,8 @@ def test_two_steps_need_no_list_of_indices(tmp_path, here):
     [
         (lambda: Wrapped(unet(PLAIN), VariancePreserving(), "eps", "999t"), "DDIMPipeline", "DDIM"),
         (lambda: Wrapped(unet(PLAIN), VariancePreserving(zero_snr=True), "v", "999t"), "DDIMPipeline", "DDIM"),
-        (lambda: Wrapped(unet(), VariancePreserving(schedule="cosine"), "x0", "999t"), "ConsistencyModelPipeline", "DDIM"),
-        (lambda: Wrapped(unet(), VariancePreserving(), "v", "index"), "ConsistencyModelPipeline", "DDIM"),
+        (lambda: Wrapped(unet(), VariancePreserving(schedule="cosine"), "x0", "999t"), LABELLED, "DDIM"),
+        (lambda: Wrapped(unet(), VariancePreserving(), "v", "index"), LABELLED, "DDIM"),
         (lambda: Wrapped(unet(PLAIN), Straight(), "velocity", "1000t"), "DDPMPipeline", "FlowMatchEulerDiscrete"),
     ],
     ids=["eps", "zero-snr v", "labels x0", "labels v", "flow"],
@@ -385,7 +386,7 @@ def test_a_contract_that_names_another_pipeline_than_the_folder_is_refused(teach
 
 
 @pytest.mark.parametrize("net", [DiT(DiTConfig(shape=(1, 8, 8), patch=4, width=16, heads=2, depth=1, classes=3))])
-def test_a_transformer_of_ours_exports_with_a_free_batch(tmp_path, net):
+def test_a_transformer_of_ours_exports_with_a_free_batch(tmp_path, here, net):
     check = save_student(Student(Wrapped(net, Straight(), "velocity", "1000t"), (1, 8, 8)), tmp_path / "s", method="t")
     assert check.ok
     assert load_student(tmp_path / "s").contract.program == "model.pt2"

@@ -207,7 +207,7 @@ def gone(folder):
 FOLDERS = [
     ("a pickle", pickled, r"diffusion_pytorch_model\.bin is a pickle"),
     ("truncated weights", truncated, "truncated or no safetensors"),
-    ("weights that are none", write("unet/diffusion_pytorch_model.safetensors", b"hello"), "truncated or no safetensors"),
+    ("weights that are none", write("unet/diffusion_pytorch_model.safetensors", b"hello"), "truncated or no"),
     ("no weights", gone, "holds no safetensors weights"),
     ("no index", lambda f: (f / "model_index.json").unlink(), r"model_index\.json is missing"),
     ("an index that is no JSON", write("model_index.json", b"{"), "not valid JSON"),
@@ -230,7 +230,7 @@ FOLDERS = [
     ("a missing tensor", weights(lambda t: t.pop("conv_in.bias")), "conv_in.bias"),
     ("an extra tensor", weights(lambda t: t.update(more=torch.zeros(1))), "more"),
     ("a wrong shape", weights(lambda t: t.update({"conv_in.bias": torch.zeros(3)})), "conv_in.bias"),
-    ("a scheduler of another world", write("scheduler/scheduler_config.json", b'{"beta_schedule": "magic"}'), "does not load"),
+    ("a strange scheduler", write("scheduler/scheduler_config.json", b'{"beta_schedule": "magic"}'), "does not load"),
 ]  # fmt: skip
 
 
