@@ -81,7 +81,7 @@ def mlp(path=None, shape=(2,), *, width=32, depth=2, classes=None, reads_s=False
     net = build({
         "kind": "mlp", "shape": shape, "width": width, "depth": depth, "classes": classes, "reads_s": reads_s
     })  # fmt: skip
-    clock = "250 log_sigma" if path.kind == "exploding" else "1000t"
+    clock = "250 log_sigma" if path.kind == "exploding" else "t" if reads_s else "1000t"
     denoiser = Wrapped(net, path, prediction, clock, scale_input=path.kind == "exploding")
     return denoiser if dtype is None else denoiser.to(dtype)
 

@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     from .measure import compare, evaluate
     from .page import table, write_report
     from .protocol import Protocol
-    from .rows import Report, Row, Scores, read_scores
-    from .verdict import Verdict, judge
+    from .rows import Document, Report, Row, Scores, Verdict, read_scores
+    from .verdict import judge
 
 WHERE = {
     "compare": "measure",
@@ -21,12 +21,13 @@ WHERE = {
     "Row": "rows",
     "Scores": "rows",
     "read_scores": "rows",
-    "Verdict": "verdict",
+    "Document": "rows",
+    "Verdict": "rows",
     "judge": "verdict",
 }
 
 __all__ = [
-    "Protocol", "Report", "Row", "Scores", "Verdict", "compare", "evaluate", "judge", "read_scores", "table", "write_report",
+    "Document", "Protocol", "Report", "Row", "Scores", "Verdict", "compare", "evaluate", "judge", "read_scores", "table", "write_report",
 ]  # fmt: skip
 
 

@@ -14,8 +14,9 @@ from ..errors import Refused
 from ..part import Part
 from .protocol import FEW
 
-SCORES = "fewstep.scores/1"
-REPORT = "fewstep.report/1"
+SCORES: Literal["fewstep.scores/1"] = "fewstep.scores/1"
+REPORT: Literal["fewstep.report/1"] = "fewstep.report/1"
+Grade = Literal["excellent", "good", "fair", "weak", "unknown"]
 
 
 class Row(Part):
@@ -89,10 +90,9 @@ class Sheet(Part):
     columns: int = 1
 
 
-class Scores(Part):
-    """What an evaluation measured: ``scores.json``."""
+class Measured(Part):
+    """What both files hold: see ``Scores`` and ``Document``."""
 
-    kind: Literal["fewstep.scores/1"] = Field(SCORES, alias="schema")
     task: str
     shape: tuple[int, ...]
     seed: int
@@ -124,8 +124,34 @@ class Scores(Part):
     def students(self) -> tuple[Row, ...]:
         return tuple(row for row in self.rows if row.student)
 
+
+class Scores(Measured):
+    """What an evaluation measured: ``scores.json`` of a run folder."""
+
+    kind: Literal["fewstep.scores/1"] = Field(SCORES, alias="schema")
+
     def as_dict(self) -> dict[str, Any]:
-        return self.model_dump(mode="json", by_alias=True)
+        return {"schema": SCORES, **self.model_dump(mode="json", exclude={"kind"})}
+
+
+class Verdict(Part):
+    """``headline`` is one sentence; ``points`` follow from measured rows; ``warnings`` are what to beware of."""
+
+    grade: Grade
+    headline: str
+    points: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+class Document(Measured):
+    """``report/report.json``: the scores, what they mean, and what the run folder says of their origin."""
+
+    kind: Literal["fewstep.report/1"] = Field(REPORT, alias="schema")
+    verdict: Verdict
+    origin: dict[str, Any] = Field(default_factory=dict, description="contract, environment and training of the run")
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"schema": REPORT, **self.model_dump(mode="json", exclude={"kind"})}
 
 
 @dataclass(frozen=True)
@@ -140,10 +166,8 @@ class Report:
         return self.scores.rows
 
     def as_dict(self) -> dict[str, Any]:
-        """What ``report.json`` holds, without what only the run folder knows."""
-        from .verdict import judge
-
-        return {**self.scores.as_dict(), "schema": REPORT, "verdict": judge(self.scores).model_dump(mode="json")}
+        """What ``report.json`` holds, without what only a run folder knows."""
+        return document(self.scores).as_dict()
 
     def save(self, run: Path) -> Path:
         """Write ``scores.json`` and the pictures into a run folder; the path of the first."""
@@ -151,6 +175,14 @@ class Report:
         for name, data in self.pictures.items():
             put(run / name, data)
         return put(run / "scores.json", (json.dumps(self.scores.as_dict(), indent=1) + "\n").encode())
+
+
+def document(scores: Scores, origin: dict[str, Any] | None = None) -> Document:
+    """Scores with their verdict."""
+    from .verdict import judge
+
+    values = {name: getattr(scores, name) for name in Measured.model_fields}
+    return Document(schema=REPORT, verdict=judge(scores), origin=origin or {}, **values)
 
 
 def put(file: Path, data: bytes) -> Path:

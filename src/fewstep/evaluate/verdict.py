@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from .rows import Grade, Row, Scores, Verdict
 
-from ..part import Part
-from .rows import Row, Scores
-
-Grade = Literal["excellent", "good", "fair", "weak", "unknown"]
 GRADES: tuple[tuple[float, Grade], ...] = ((1.0, "excellent"), (1.3, "good"), (2.0, "fair"))
 """Highest excess of each grade; above the last it is weak."""
 COPIED = 0.10
 LOST = 0.10
 """How far recall, coverage or accuracy may lie below the teacher's before it is said."""
-
-
-class Verdict(Part):
-    """``headline`` is one sentence; ``points`` follow from measured rows; ``warnings`` are what to beware of."""
-
-    grade: Grade
-    headline: str
-    points: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
 
 
 def judge(scores: Scores) -> Verdict:

@@ -103,7 +103,7 @@ class Recorded(nn.Module):
     ) -> None:
         super().__init__()
         self.net, self.state, self.clock = net, state, clock
-        self.conditions, self.channels, self.null = tuple(conditions), channels, null
+        self.conditions, self.channels, self.negative = tuple(conditions), channels, null
         self.fixed = dict(fixed)
         self.net.eval()
 
@@ -126,13 +126,25 @@ class Recorded(nn.Module):
             answer = answer[:, : self.channels]
         return answer.to(x.dtype)
 
+    def null(self, cond: Cond) -> Cond:
+        """The recorded "no condition" for every row of a condition; Refused where none was recorded."""
+        if self.negative is None:
+            raise Refused("the pipeline was recorded without a negative condition: guidance needs one")
+        some = next(iter(cond.values())) if isinstance(cond, dict) else cond
+        if some is None:
+            return None
+        return self._negatives(some.shape[0], some.device)
+
+    def _negatives(self, count: int, device: torch.device) -> Cond:
+        return _map(self.negative, lambda v: v.to(device)[:1].expand(count, *v.shape[1:]))
+
     def _conditions(self, cond: Cond, x: Tensor) -> dict[str, Tensor]:
         if not self.conditions:
             return {}
         if cond is None:
-            if self.null is None:
+            if self.negative is None:
                 raise Refused(f"the network needs a condition ({', '.join(self.conditions)}): pass cond")
-            cond = _map(self.null, lambda v: v.to(x.device).expand(x.shape[0], *v.shape[1:]))
+            cond = self._negatives(x.shape[0], x.device)
         if isinstance(cond, Tensor):
             if len(self.conditions) != 1:
                 raise Refused(f"the network has conditions {', '.join(self.conditions)}: pass a dictionary of them")

@@ -22,7 +22,8 @@ def row_sums(a: Tensor, b: Tensor, same: bool) -> tuple[Tensor, Tensor]:
     rows = max(1, BLOCK // len(b))
     for start in range(0, len(a), rows):
         part = slice(start, start + rows)
-        table = (a[part] @ b.T / d + 1) ** 3
+        base = a[part] @ b.T / d + 1
+        table = base * base * base
         if same:
             table[torch.arange(len(table)), torch.arange(start, start + len(table))] = 0
         over_b[part] = table.sum(1)

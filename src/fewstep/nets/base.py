@@ -22,8 +22,9 @@ class Net(nn.Module):
     """A network ``net(x, time, cond, span) -> like x``.
 
     ``time`` [batch] is what the denoiser's clock gives, of the order of 1 to 1000. ``span`` [batch] in [0, 1],
-    the length of a flow map's jump, is read where ``reads_s``. ``cond`` is None or labels [batch], the
-    number of classes standing for "no condition".
+    the length of a flow map's jump, is read where ``reads_s``; it is embedded by slow waves (the fastest is
+    ``cos(span)``), because average velocities are learned through their derivative in time, which a fast wave
+    would dominate. ``cond`` is None or labels [batch], the number of classes standing for "no condition".
     """
 
     config: NetConfig

@@ -91,7 +91,7 @@ class DiT(Net):
         if self.config.classes is not None:
             embedded = embedded + self.class_embedding(labels_of(cond, self.config.classes, x.shape[0], x.device))
         if self.reads_s and span is not None:
-            embedded = embedded + self.span_embedding(1000 * span)
+            embedded = embedded + self.span_embedding(span)
         active, patch = F.silu(embedded), self.config.patch
         tokens = self.stem(F.pixel_unshuffle(x, patch).flatten(2).transpose(1, 2)) + self.positions
         for block in self.blocks:

@@ -59,7 +59,7 @@ class MLP(Net):
         if self.config.classes is not None:
             embedded = embedded + self.class_embedding(labels_of(cond, self.config.classes, x.shape[0], x.device))
         if self.reads_s and span is not None:
-            embedded = embedded + self.span_embedding(1000 * span)
+            embedded = embedded + self.span_embedding(span)
         embedded = torch.nn.functional.silu(embedded)
         hidden = self.stem(x.flatten(1))
         for block in self.blocks:

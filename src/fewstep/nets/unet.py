@@ -227,7 +227,7 @@ class UNet(Net):
         if self.config.classes is not None:
             embedded = embedded + self.class_embedding(labels_of(cond, self.config.classes, x.shape[0], x.device))
         if self.reads_s and span is not None:
-            embedded = embedded + self.span_embedding(1000 * span)
+            embedded = embedded + self.span_embedding(span)
         active = F.silu(embedded)
         patch = self.config.patch
         x = self.conv_in(F.pixel_unshuffle(x, patch) if patch > 1 else x)
@@ -247,7 +247,7 @@ class UNet(Net):
         plain = UNet(self.config.model_copy(update={"reads_s": False}))
         state = {k: v for k, v in copy.deepcopy(self.state_dict()).items() if not k.startswith("span_embedding")}
         with torch.no_grad():
-            length = torch.full((1,), 1000 * span, device=self.conv_in.weight.device)
+            length = torch.full((1,), span, device=self.conv_in.weight.device)
             state["time_embedding.linear_2.bias"] += self.span_embedding(length)[0]
         plain.load_state_dict(state)
         return plain.to(self.conv_in.weight.device)
