@@ -578,7 +578,7 @@ def scores_of(report: Mapping[str, Any], training: Mapping[str, Any] | None = No
 
     Of the student's first row (of the teacher's full row where there is no student) its columns; besides,
     ``over_floor``: the teacher's full Fréchet distance over the floor; ``best_over_floor``: its best at
-    up to 8 calls; ``over_teacher``, ``over_four_calls``: the student over the teacher there;
+    up to 8 calls; against an exact law ``sliced_w2`` and its like; ``over_teacher``, ``over_four_calls``: the student over the teacher there;
     ``speedup``: of throughput against the full teacher; ``seconds``: of training, pairs included.
     """
     rows: list[Mapping[str, Any]] = list(report["rows"])
@@ -586,6 +586,7 @@ def scores_of(report: Mapping[str, Any], training: Mapping[str, Any] | None = No
     few = [r for r in rows if str(r["model"]).startswith("teacher:") and r["nfe"] <= 8]
     main = (named["student"] or named["teacher"])[0]
     out = {k: float(v) for k, v in main.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    out.update({k: float(v) for k, v in (main.get("exact") or {}).items()})
     floor = float(named["real"][0]["frechet"]) if named["real"] else float("nan")
     if named["teacher"]:
         full = named["teacher"][0]

@@ -84,7 +84,9 @@ class DMD2(Method):
         gan = self.options.gan
         if self.options.divergence != "reverse_kl" and gan is None:
             raise ValueError(f"divergence {self.options.divergence!r} needs the density ratio of an adversary: set gan")
-        denoiser = trainable_copy(teacher) if critic is None else critic
+        if critic is None:  # an exact law has nothing that could learn
+            critic = trainable_copy(teacher if any(True for _ in teacher.parameters()) else student.denoiser)
+        denoiser = critic
         reads = None if gan is None else denoiser if gan.on == "critic" else teacher
         adversary = None if gan is None or reads is None else Adversary(reads, student.shape, gan, student.classes)
         self.critic = Critic(denoiser, adversary)

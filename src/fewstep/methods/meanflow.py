@@ -20,6 +20,9 @@ from ..student import Student
 
 
 class MeanFlowOptions(Part):
+    velocity: Literal["teacher", "data"] = Field(
+        "teacher", description="whose velocity: the teacher's, where there is one, or each pair's own eps - x0"
+    )
     levels: NoiseSampler = Field(NoiseSampler(kind="logit_normal", mean=-0.4, std=1.0), description="of t and s")
     jumps: float = Field(0.5, ge=0, le=1, description="share of rows with s < t; the others learn the velocity")
     power: float = Field(0.75, ge=0, description="adaptive weight 1 / (||error||^2 + c)^power; 0: plain squares")
@@ -41,7 +44,7 @@ class MeanFlow(Method):
 
     u is the average velocity over [s, t]; the identity is (t - s) u = integral of v, differentiated in t
     (Geng et al. 2025, eqs. 4-6; their r is s here). v is ``eps - x0`` of the pair, or the teacher's velocity
-    where there is a teacher. Needs a straight path (wrap other denoisers in Reframed) and a network that
+    (option ``velocity``). Needs a straight path (wrap other denoisers in Reframed) and a network that
     reads the jump (``reads_s``). The derivative is taken on the rows with s < t alone, and goes through the
     network's clock: one that runs fast (``1000t``, ``250 log_sigma``) makes it as large as its rate, and a student
     that starts from nothing hardly learns; give it ``t``.
@@ -66,7 +69,8 @@ class MeanFlow(Method):
         s = torch.where(jump, s, t)
         x_t = path.corrupt(x0, t, batch.noise)
         with torch.no_grad():
-            v = batch.noise - x0 if self.teacher is None else self.teacher(x_t, t, batch.cond, "flow")
+            own = self.teacher is None or options.velocity == "data"
+            v = batch.noise - x0 if own else self.teacher(x_t, t, batch.cond, "flow")
         guess = self.student(x_t, t, s, batch.cond, "average_velocity")
         target = v.clone()
         index = jump.nonzero().squeeze(1)  # one sync a step: the derivative is paid for these rows alone
