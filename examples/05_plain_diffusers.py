@@ -22,7 +22,7 @@ else:
         sys.exit("fewstep is not installed: name a student folder")
     folder = Path(package.origin).parent / "assets" / "digits_teacher"
 
-pipe = ConsistencyModelPipeline.from_pretrained(folder)
+pipe = ConsistencyModelPipeline.from_pretrained(str(folder))
 pipe.set_progress_bar_config(disable=True)
 calls = 0
 

@@ -293,14 +293,14 @@ def _save(
         save_teacher(
             student.denoiser, folder, shape=setting.shape, name=name, method=recipe.method.name, task=recipe.task.name,
             classes=task.classes, value_range=task.value_range, training=training, table=rows,
-            recipe_sha256=recipe.sha256, seed=recipe.seed, overwrite=True,
+            licence=recipe.licence or "unknown", recipe_sha256=recipe.sha256, seed=recipe.seed, overwrite=True,
         )  # fmt: skip
         return folder
     folder = run / "student"
     check = save_student(
         student, folder, method=recipe.method.name, teacher=setting.teacher, name=name, task=recipe.task.name,
         classes=task.classes, value_range=task.value_range, training=training, table=rows, pictures=pictures,
-        guidance=recipe.teacher.guidance if recipe.teacher else 1.0,
+        guidance=recipe.teacher.guidance if recipe.teacher else 1.0, licence=recipe.licence or None,
         recipe_sha256=recipe.sha256, seed=recipe.seed, overwrite=True,
     )  # fmt: skip
     for line in check.messages:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Self, Literal
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +97,13 @@ class Method(nn.Module, ABC):
         if teacher is not None:
             teacher.eval().requires_grad_(False)
         self.teacher = teacher
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode for the players; a teacher never leaves evaluation mode."""
+        super().train(mode)
+        if isinstance(self.teacher, nn.Module):
+            self.teacher.eval()
+        return self
 
     @abstractmethod
     def loss(self, player: str, batch: Batch, rng: Source) -> Loss:

@@ -123,12 +123,14 @@ def test_the_loss_is_the_weighted_distance_of_neighbouring_guesses():
     game.levels = lambda path: (torch.tensor([0.5, 2.0], dtype=torch.float64), torch.ones(1, dtype=torch.float64))
     batch = batch_of(8)
     loss = game.loss("student", batch, Rng(0)).total
-    high, low = (student(EDM.corrupt(batch.data, t, batch.noise), t, 0.0) for t in (2.0, 0.5))
-    wanted = (pseudo_huber(high, low.detach(), 0.1) / 1.5).mean()
-    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
-    found, stopped = gradients(loss, student), gradients(wanted, student)
+
+    def written_out(stop):
+        high, low = (student(EDM.corrupt(batch.data, t, batch.noise), t, 0.0) for t in (2.0, 0.5))
+        return (pseudo_huber(high, low.detach() if stop else low, 0.1) / 1.5).mean()
+
+    assert loss.item() == pytest.approx(written_out(True).item(), rel=1e-5)
+    found, stopped, through = (gradients(v, student) for v in (loss, written_out(True), written_out(False)))
     assert all(torch.allclose(found[k], stopped[k], rtol=1e-3, atol=1e-6) for k in found)
-    through = gradients((pseudo_huber(high, student(EDM.corrupt(batch.data, 0.5, batch.noise), 0.5, 0.0), 0.1) / 1.5).mean(), student)
     assert any(not torch.allclose(found[k], through[k], rtol=0.05, atol=1e-3) for k in found)  # the target not stopped
 
 
@@ -254,7 +256,7 @@ def test_a_short_run_comes_close_to_the_flow_map_of_a_gaussian(mode):
     net = build({"kind": "mlp", "shape": (2,), "width": 64, "depth": 2})
     wrapped = Wrapped(net, path, "cm", "250 log_sigma", scale_input=True, data_std=0.7, boundary=path.sigma_min)
     student = Student(wrapped, (2,))
-    game = Consistency(law, student, ConsistencyOptions(mode=mode, first=10, last=40, horizon=600, mean=-0.5, std=1.6))
+    game = Consistency(law, student, ConsistencyOptions(mode=mode, first=10, last=40, horizon=400, mean=-0.5, std=1.6))
     z = torch.randn(2000, 2, generator=seeded(1))
     wanted = law.flow_map(10.0 * z, 10.0, 0.0)
 
@@ -262,7 +264,7 @@ def test_a_short_run_comes_close_to_the_flow_map_of_a_gaussian(mode):
         return ((student.generate(z) - wanted).square().mean() / wanted.var(0).mean()).sqrt().item()
 
     before = error()
-    play(game, stream(law, 256), 600, rate=3e-3)
+    play(game, stream(law, 128), 400, rate=4e-3)
     assert before > 0.5
     assert error() < 0.1
 

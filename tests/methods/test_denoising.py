@@ -93,7 +93,8 @@ def test_flow_matching_is_denoising_with_the_weight_of_the_velocity():
     flow = FlowMatching(None, student, FlowMatchingOptions(levels=fixed(0.4))).loss("student", batch, Rng(0)).total
     options = DenoisingOptions(levels=fixed(0.4), weight="none")
     script = Script(normals=[batch.noise], uniforms=[0.0])
-    assert flow.item() == pytest.approx(Denoising(None, student, options).loss("student", batch, script).total / 0.16)
+    denoise = Denoising(None, student, options).loss("student", batch, script).total
+    assert flow.item() == pytest.approx(denoise.item() / 0.16)
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda p: p.kind)
@@ -150,6 +151,5 @@ def test_a_short_run_comes_close_to_the_exact_score_of_a_mixture(kind):
         return ((guess - truth).square().mean() / truth.var(0).mean()).item()
 
     before = error()
-    play(kind(None, student, options), stream(law, 128), 500, rate=4e-3)
-    assert before > 0.5
-    assert error() < 0.02
+    play(kind(None, student, options), stream(law, 128), 300, rate=6e-3)
+    assert error() < min(0.02, before / 10)

@@ -93,9 +93,8 @@ def test_with_hardly_any_noise_a_finite_set_guesses_its_nearest_point():
 def test_the_flow_map_is_where_a_fine_integration_ends(make, path):
     law = make(path=path)
     high, low = inner_times(path)[-1].item(), inner_times(path)[1].item()
-    times = torch.linspace(high, low, 401, dtype=torch.float64)
-    if path.kind == "exploding":  # even in log sigma: the flow is quick near the data
-        times = path.time(torch.linspace(path.lam(high), path.lam(low), 401, dtype=torch.float64))
+    ends = path.lam(torch.tensor([high, low], dtype=torch.float64))  # even in log-SNR: quick near the data
+    times = path.time(torch.lerp(ends[0], ends[1], torch.linspace(0, 1, 161, dtype=torch.float64)))
     start = x = draw(law, 5, high)
     for t, s in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):  # Runge and Kutta's rule
         h = s - t
@@ -104,7 +103,7 @@ def test_the_flow_map_is_where_a_fine_integration_ends(make, path):
         k3 = law.velocity(x + h / 2 * k2, t + h / 2)
         k4 = law.velocity(x + h * k3, s)
         x = x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
-    assert torch.allclose(law.flow_map(start, high, low), x, rtol=1e-7, atol=1e-7)
+    assert torch.allclose(law.flow_map(start, high, low), x, rtol=1e-6, atol=1e-6)
 
 
 @every_path

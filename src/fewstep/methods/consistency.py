@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import contextmanager
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field
@@ -71,6 +71,12 @@ class Consistency(Method):
         if self.options.mode == "distillation" and teacher is None:
             raise ValueError("consistency distillation needs a teacher; mode = 'training' does without")
         self.target = frozen(trainable_copy(student)) if self.options.target_decay > 0 else None
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if self.target is not None:
+            self.target.eval()
+        return self
 
     @property
     def count(self) -> int:

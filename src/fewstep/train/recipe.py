@@ -156,6 +156,7 @@ class Recipe(Part):
     version: Literal[1] = 1
     name: str = ""
     papers: tuple[str, ...] = Field((), description="rows of the paper list that this recipe shows")
+    licence: str = Field("", description="of the model that is made; left out: the teacher's")
     seed: int = Field(0, ge=0)
     steps: int = Field(ge=1, description="student updates")
     batch: int = Field(64, ge=1)
@@ -192,7 +193,7 @@ class Recipe(Part):
     @property
     def sha256(self) -> str:
         """Of everything that changes the result."""
-        plain = self.model_dump(mode="json", exclude={"expect", "papers", "name", "log", "checkpoint", "evaluate"})
+        plain = self.model_dump(mode="json", exclude={"expect", "papers", "name", "licence", "log", "checkpoint", "evaluate"})
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 

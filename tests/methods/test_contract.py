@@ -1,0 +1,146 @@
+"""What holds for every method there is."""
+
+import pytest
+import torch
+from games import batch_of, mlp
+from laws import largest_gradient
+
+from fewstep.method import Loss, Method
+from fewstep.methods.families.score_gap import GanOptions
+from fewstep.path import NoiseSampler
+from fewstep.registry import METHODS, Paper
+from fewstep.rng import Rng
+from fewstep.student import Student
+
+UNIFORM = NoiseSampler(low=0.02, high=0.98)
+SETTINGS = {
+    "consistency": [{"first": 4, "last": 8}, {"mode": "training", "target_decay": 0.9}],
+    "denoising": [{"drop": 0.5}],
+    "dmd2": [
+        {"levels": UNIFORM, "gan": GanOptions(conditional=True, taps=2)},
+        {"levels": UNIFORM, "gan": GanOptions(on="teacher", r1=1.0), "divergence": "jensen_shannon"},
+        {"guidance": 2.0, "gan": GanOptions(levels=UNIFORM, r1=1.0, r1_kind="difference")},
+    ],
+    "meanflow": [{"derivative": "difference", "step": 1e-2}],
+}
+CASES = [(entry, options) for entry in METHODS for options in ({}, *SETTINGS.get(entry.name, []))]
+every_case = pytest.mark.parametrize(
+    ("entry", "options"), CASES, ids=lambda v: getattr(v, "name", None) or ",".join(map(str, v)) or "plain"
+)
+every_method = pytest.mark.parametrize("entry", METHODS, ids=lambda e: e.name)
+
+
+def made(entry, options, seed=0):
+    """The method with a small network as its teacher, on the straight path, with three labels."""
+    teacher = mlp(classes=3, seed=seed)
+    reads_s = entry.name == "meanflow"
+    student = Student(mlp(classes=3, reads_s=reads_s, prediction="flow" if reads_s else "x0", seed=seed + 1), (2,))
+    extra = {"classes": 3} if entry.name == "dmd2" else {}
+    return entry.thing(teacher, student, entry.thing.Options(**options), **extra)
+
+
+def batch(count=8, seed=0):
+    return batch_of(count, seed=seed, classes=3, pairs=True)
+
+
+@every_method
+def test_it_says_what_it_is_and_which_paper_it_is_from(entry):
+    assert issubclass(entry.thing, Method)
+    assert entry.summary
+    assert entry.papers
+    assert all(isinstance(p, Paper) and p.arxiv[4] == "." and p.title for p in entry.papers)
+    assert entry.thing.name == entry.name
+
+
+@every_case
+def test_its_options_survive_json(entry, options):
+    given = entry.thing.Options(**options)
+    assert type(given).model_validate_json(given.model_dump_json()) == given
+
+
+@every_method
+def test_it_refuses_an_option_that_it_does_not_know(entry):
+    with pytest.raises(ValueError, match="lerning_rate"):
+        entry.thing.Options(lerning_rate=1.0)
+
+
+@every_case
+def test_its_players_exist_and_learn_and_the_student_moves_once_a_step(entry, options):
+    method = made(entry, options)
+    assert method.turns(0).count("student") == 1
+    assert set(method.turns(0)) == set(method.players)
+    for name in method.players:
+        assert any(p.requires_grad for p in getattr(method, name).parameters())
+    if method.teacher is not None:
+        assert not any(p.requires_grad for p in method.teacher.parameters())
+
+
+@every_case
+def test_every_players_loss_is_one_finite_number_with_a_gradient(entry, options):
+    for count in (8, 1):
+        for player in made(entry, options).players:
+            method = made(entry, options)
+            if player == "student" and hasattr(method, "critic"):
+                with torch.no_grad():
+                    next(method.critic.parameters()).add_(0.1)  # a copy of the teacher pulls nowhere
+            loss = method.loss(player, batch(count), Rng(0))
+            assert isinstance(loss, Loss)
+            assert loss.total.ndim == 0
+            assert loss.total.isfinite()
+            assert loss.parts
+            assert all(v.ndim == 0 and v.isfinite() and not v.requires_grad for v in loss.parts.values())
+            loss.total.backward()
+            assert largest_gradient(getattr(method, player)) > 0
+            assert all(p.grad is None or p.grad.isfinite().all() for p in method.parameters())
+
+
+@every_case
+def test_the_same_seed_gives_the_same_loss_and_another_one_another(entry, options):
+    method = made(entry, options)
+    with torch.no_grad():
+        next(method.student.parameters()).add_(0.1)
+    for player in method.players:
+        torch.manual_seed(1)
+        first = method.loss(player, batch(), Rng(5)).total
+        torch.manual_seed(2)  # the global generator has no say
+        assert torch.equal(method.loss(player, batch(), Rng(5)).total, first)
+        if not (entry.name == "regression" or (player == "student" and entry.name == "dmd2" and not options)):
+            assert not torch.equal(method.loss(player, batch(), Rng(6)).total, first)
+
+
+@every_case
+def test_a_plain_generator_serves_as_well_as_ours(entry, options):
+    method = made(entry, options)
+    for player in method.players:
+        assert method.loss(player, batch(), torch.Generator().manual_seed(0)).total.isfinite()
+
+
+@every_case
+def test_it_is_saved_and_loaded_with_all_that_it_has_learned(entry, options):
+    one, other = made(entry, options), made(entry, options, seed=10)
+    with torch.no_grad():
+        for p in one.parameters():
+            p.add_(0.01)
+    other.load_state_dict(one.state_dict())
+    for player in one.players:
+        assert torch.equal(one.loss(player, batch(), Rng(0)).total, other.loss(player, batch(), Rng(0)).total)
+
+
+@every_case
+def test_a_teacher_stays_in_evaluation_mode_and_unchanged(entry, options):
+    method = made(entry, options).train()
+    assert method.student.training
+    assert not any(m.training for m in method.teacher.modules())
+    before = {k: v.clone() for k, v in method.teacher.state_dict().items()}
+    for player in method.players:
+        method.loss(player, batch(), Rng(0)).total.backward()
+    method.settle(0)
+    assert all(torch.equal(v, before[k]) for k, v in method.teacher.state_dict().items())
+    assert all(p.grad is None for p in method.teacher.parameters())
+
+
+@every_method
+def test_its_students_options_make_a_student(entry):
+    net = mlp()
+    given = entry.thing.student_options(entry.thing.Options(), net.path)
+    assert Student(net, (2,), **given).generate(torch.zeros(2, 2)).shape == (2, 2)
