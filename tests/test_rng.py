@@ -46,8 +46,13 @@ def test_the_shared_source_is_the_same_whichever_rows_a_process_holds():
 
 
 def test_the_shared_source_does_not_repeat_the_rows_source():
-    rng = Rng(0)
-    assert not torch.equal(torch.rand(5, generator=rng.shared), rng.uniform(5))
+    assert not torch.equal(torch.rand(5, generator=Rng(0).shared), Rng(0).uniform(5))
+
+
+def test_drawing_rows_leaves_the_shared_source_where_it_was():
+    used, fresh = Rng(0), Rng(0)
+    used.normal((5, 2))
+    assert torch.equal(torch.rand(5, generator=used.shared), torch.rand(5, generator=fresh.shared))
 
 
 def test_a_process_that_asks_for_rows_it_does_not_hold_is_told():

@@ -16,7 +16,11 @@ class Encoded(Task):
     name = "encoded"
 
     def __init__(
-        self, pixels: Task, shape: tuple[int, ...], encode: Callable[[Tensor], Tensor], decode: Callable[[Tensor], Tensor]
+        self,
+        pixels: Task,
+        shape: tuple[int, ...],
+        encode: Callable[[Tensor], Tensor],
+        decode: Callable[[Tensor], Tensor],
     ) -> None:
         self.pixels, self.shape, self.encode, self.decode = pixels, tuple(shape), encode, decode
         self.classes, self.value_range = pixels.classes, pixels.value_range
