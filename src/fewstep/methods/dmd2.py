@@ -18,7 +18,7 @@ from ..registry import Paper, method
 from ..rng import Source
 from ..student import Student, trainable_copy
 from .denoising import Weight, level_weight
-from .families.score_gap import Adversary, Divergence, GanOptions, gap, one_in, ratio_weight, rollout, same_path, still
+from .families.score_gap import Adversary, Divergence, GanOptions, fisher, gap, one_in, ratio_weight, rollout, same_path, still
 
 
 class DMD2Options(Part):
@@ -27,6 +27,10 @@ class DMD2Options(Part):
     critic_levels: NoiseSampler = Field(NoiseSampler(kind="log_normal", std=1.2), description="where the critic learns")
     critic_weight: Weight = "edm"
     data_std: float = Field(1.0, gt=0, description="spread of the data, for the critic's weight")
+    gap: Literal["kl", "fisher"] = Field(
+        "kl", description="descend the divergence itself, or the distance of the scores (SIM): keeps more modes, costs more"
+    )
+    fisher_c: float = Field(0.01, ge=0, description="pseudo-Huber constant of the scores' distance; 0: squares")
     normalise: bool = Field(True, description="divide the gap by the size of the teacher's error")
     divergence: Divergence = Field("reverse_kl", description="others weigh by the adversary's density ratio")
     guidance: float = Field(1.0, ge=0, description="scale on the teacher's guess alone")
@@ -116,10 +120,11 @@ class DMD2(Method):
         weight: Tensor | float = 1.0
         adversary = self.critic.adversary
         shared = adversary is not None and gan.on == "critic" and gan.levels is None
+        through = options.gap == "fisher"
         if shared:
             fake, features = self.critic(x_t, t, batch.cond, "both")
         else:
-            with torch.no_grad():
+            with torch.set_grad_enabled(through):
                 fake = self.critic(x_t, t, batch.cond)
         if adversary is not None:
             if not shared:
@@ -128,10 +133,12 @@ class DMD2(Method):
             parts["gan"] = generator_loss(logits)
             if options.divergence != "reverse_kl":
                 weight = ratio_weight(options.divergence, logits)
-        with torch.no_grad():
+        with torch.set_grad_enabled(through):
             real = self.real(x_t, t, batch.cond)
-            direction = gap(x, fake, real, options.normalise)
-        parts["match"] = weight * stopped_pull(x, direction)
+        if through:
+            parts["match"] = weight * fisher(x, fake, real, options.fisher_c)
+        else:
+            parts["match"] = weight * stopped_pull(x, gap(x, fake.detach(), real, options.normalise))
         if batch.target is not None and options.pairs is not None:
             first = x if len(self.student.times(options.steps)) == 1 else self.student(
                 self.student.start_scale * batch.noise, self.student.start, path.t_min, batch.cond

@@ -69,6 +69,19 @@ def gap(x: Tensor, fake: Tensor, real: Tensor, normalise: bool = True) -> Tensor
     return torch.nan_to_num(direction)
 
 
+def fisher(x: Tensor, fake: Tensor, real: Tensor, c: float) -> Tensor:
+    """A loss a row whose gradient lowers the distance of the two scores, with no derivative of the critic's weights.
+
+    ``-<y / sqrt(||y||^2 + c^2), fake - x>`` with ``y = fake - real``, guesses of x0 by critic and teacher at a
+    noised x: score implicit matching with the pseudo-Huber distance (Luo et al. 2024, Theorem 3.1). The
+    gradient goes through x, through the noised sample and so through the *inputs* of both networks: nothing is
+    stopped. c = 0 takes ``y`` itself: the squared distance.
+    """
+    y = (fake - real).flatten(1)
+    along = (y * (fake - x).flatten(1)).sum(1)
+    return -along / torch.sqrt(y.square().sum(1) + c**2) if c > 0 else -along
+
+
 def rollout(student: Student, noise: Tensor, cond: Cond, rng: Source, grad: bool, steps: int) -> Tensor:
     """A sample of the student, as it will be asked for one.
 
