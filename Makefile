@@ -9,7 +9,6 @@ export TORCH_INDEX
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
-RUN ?= runs/digits
 ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # no usage reports from the libraries that we stand on
@@ -22,8 +21,8 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
 
-demo: $(VENV)/.standard  ## distil the packaged digits teacher into a one-step student and open the numbers (minutes)
-	$(BIN)/fewstep distill digits --out $(RUN) $(ARGS)
+demo: $(VENV)/.standard  ## distil the packaged digits teacher into a one-step student: a table and a report (minutes)
+	$(BIN)/fewstep distill digits $(ARGS)
 
 test: lint docs examples  ## lint, types, docs examples, tests with coverage
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=term $(ARGS)
