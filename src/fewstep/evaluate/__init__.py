@@ -27,7 +27,8 @@ WHERE = {
 }
 
 __all__ = [
-    "Document", "Protocol", "Report", "Row", "Scores", "Verdict", "compare", "evaluate", "judge", "read_scores", "table", "write_report",
+    "Document", "Protocol", "Report", "Row", "Scores", "Verdict",
+    "compare", "evaluate", "judge", "read_scores", "table", "write_report",
 ]  # fmt: skip
 
 

@@ -10,12 +10,14 @@ import statistics
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol as Shape
+from typing import TYPE_CHECKING, Any
+from typing import Protocol as Shape
 
 import torch
 from torch import Tensor
 
-from ..cond import Cond, rows as rows_of
+from ..cond import Cond
+from ..cond import rows as rows_of
 from ..denoiser import Denoiser
 from ..errors import Failed, Refused
 from ..metrics import Metric, Sample, Score, metric_named
@@ -35,6 +37,13 @@ if TYPE_CHECKING:
 MEMORY = 2**28
 """Bytes of samples that are held at once."""
 DETAILS = ("precision", "recall", "density", "coverage", "kernel", "diversity", "copied", "accuracy")
+
+
+SETTINGS = (
+    *("prediction", "clock", "scale_input", "data_std", "boundary", "scale", "interval", "low", "high"),
+    *("start", "start_scale", "steps", "policy", "shape"),
+)
+"""Attributes that change what a network's answer means, and so belong to the hash of a model."""
 
 
 class Watch(Shape):
@@ -150,7 +159,9 @@ class Stage:
         self.real = Sample(found, flat=test.data, labels=self.labels, predicted=seen, train=flat_train)
         self.metrics = self._metrics()
         vectors = len(task.shape) == 1
-        self.shown = torch.arange(min(self.count, 4000)) if vectors else shown_rows(self.labels, task.classes, self.count)
+        self.shown = (
+            torch.arange(min(self.count, 4000)) if vectors else shown_rows(self.labels, task.classes, self.count)
+        )
         self.pictures: dict[str, Tensor] = {}
 
     def _metrics(self) -> dict[str, Metric]:
@@ -168,7 +179,9 @@ class Stage:
         """The noise of one draw: the same for every row."""
         return Rng(self.seed, "evaluate", use, draw).normal((self.count, *self.task.shape))
 
-    def many(self, candidate: Candidate, use: str, count: int, strict: bool) -> tuple[Tensor, list[Sample], float] | None:
+    def many(
+        self, candidate: Candidate, use: str, count: int, strict: bool
+    ) -> tuple[Tensor, list[Sample], float] | None:
         """Features [count, n, d] of many draws, the first of them as samples, and the calls of one sample.
 
         None, or with ``strict`` Failed, where samples are not finite.
@@ -183,7 +196,13 @@ class Stage:
                 chunk
                 for number in numbers
                 for chunk in chunks_of(
-                    self.noise(use, number), self.test.cond, self.protocol.batch, self.seed, "evaluate steps", use, number
+                    self.noise(use, number),
+                    self.test.cond,
+                    self.protocol.batch,
+                    self.seed,
+                    "evaluate steps",
+                    use,
+                    number,
                 )
             ]
             parts = list(draws(candidate, chunks, self._read, self._told))
@@ -230,7 +249,9 @@ class Stage:
         values: dict[str, float] = {}
         spreads: dict[str, float] = {}
         for name, metric in self.metrics.items():
-            scores = [metric(sample, self.real, Rng(self.seed, "bootstrap", name, i)) for i, sample in enumerate(samples)]
+            scores = [
+                metric(sample, self.real, Rng(self.seed, "bootstrap", name, i)) for i, sample in enumerate(samples)
+            ]
             values[name], spread = combined(scores)
             if spread is not None:
                 spreads[name] = spread
@@ -308,7 +329,8 @@ class Stage:
         law = self.task.law
         if law is not None and bool((law.variance > 0).all()):
             whole = [
-                law.sample(self.count, Rng(self.seed, "floor", k), self.test.cond, torch.float32) for k in range(draws_count)
+                law.sample(self.count, Rng(self.seed, "floor", k), self.test.cond, torch.float32)
+                for k in range(draws_count)
             ]
             found, seen = self.features.both(torch.cat(whole))
             parts = [slice(k * self.count, (k + 1) * self.count) for k in range(draws_count)]
@@ -376,7 +398,10 @@ class Stage:
             timed = [full, *chosen]
             rows = [self.row(c) for c in timed] if known is None else list(known[0])
             if known is None and kept is not None:
-                text = {"rows": [r.model_dump(mode="json") for r in rows], "scout": [s.model_dump(mode="json") for s in scout]}
+                text = {
+                    "rows": [r.model_dump(mode="json") for r in rows],
+                    "scout": [s.model_dump(mode="json") for s in scout],
+                }
                 put(kept, json.dumps(text).encode())
         for candidate in asked:
             timed.append(candidate)
@@ -554,8 +579,7 @@ def model_hash(model: torch.nn.Module) -> str:
     inner: Any = model
     while inner is not None:
         about.append(type(inner).__name__)
-        for name in ("prediction", "clock", "scale_input", "data_std", "boundary", "scale", "interval", "low", "high",
-                     "start", "start_scale", "steps", "policy", "shape"):
+        for name in SETTINGS:
             value = getattr(inner, name, None)
             if isinstance(value, str | int | float | tuple | dict | bool):
                 about.append(f"{name}={value!r}")

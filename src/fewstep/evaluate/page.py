@@ -20,8 +20,8 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("nfe", "calls", "network calls for one sample"),
-    ("frechet", "Fréchet", "distance to unseen real data, mean over noise seeds and their standard deviation; lower is better"),
-    ("excess", "excess", "distance above the floor, in units of the teacher's best at few calls; 1x is as good, lower is better"),
+    ("frechet", "Fréchet", "distance to unseen real data, mean over noise seeds ± their spread; lower is better"),
+    ("excess", "excess", "distance above the floor, the teacher's best at few calls being 1x; lower is better"),
     ("precision", "precision", "share of samples among real ones; higher is better"),
     ("recall", "recall", "share of real data among the samples; higher is better"),
     ("coverage", "coverage", "share of real samples with a generated one near; higher is better"),
@@ -42,8 +42,9 @@ MORE: tuple[tuple[str, str, str], ...] = (
 def write_report(run: Path) -> Path:
     """Write ``report/index.html`` and ``report/report.json`` from a run folder; the path of the first.
 
-    Needs ``scores.json``; ``samples/*.png``, ``student/fewstep.json``, ``log.jsonl``, ``recipe.toml``, ``training.json``
-    and ``environment.json`` are used where they are there. The page is one file: pictures inside, no network, no script.
+    Needs ``scores.json``; ``samples/*.png``, ``student/fewstep.json``, ``log.jsonl``, ``recipe.toml``,
+    ``training.json`` and ``environment.json`` are used where they are there. The page is one file: pictures
+    inside, no network, no script.
 
     Raises Refused, in one line, where the scores are missing or damaged; MissingExtra without jinja2.
     """
@@ -58,7 +59,7 @@ def write_report(run: Path) -> Path:
     }
     found = document(scores, {key: value for key, value in origin.items() if value})
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(cell=cell, share=_share)
+    environment.filters.update(cell=cell, share=_share, name=row_name)
     template = environment.from_string((files(__package__) / "page.html").read_text(encoding="utf-8"))
     page = template.render(**view(found, run, recipe))
     put(run / "report" / "report.json", (json.dumps(found.as_dict(), indent=1, allow_nan=False) + "\n").encode())
@@ -111,10 +112,20 @@ def _tiles(found: Measured, student: Row | None) -> list[tuple[str, str, str]]:
         tiles.append((f"{student.excess:.2f}x", "excess", f"1x = teacher's best at up to {found.few} calls"))
     if student.frechet is not None:
         spread = "" if student.frechet_spread is None else f" ± {number(student.frechet_spread)}"
-        against = "" if floor is None or floor.frechet is None else f"{spread.strip()}; real against real: {number(floor.frechet)}"
+        against = (
+            ""
+            if floor is None or floor.frechet is None
+            else f"{spread.strip()}; real against real: {number(floor.frechet)}"
+        )
         tiles.append((number(student.frechet), "Fréchet distance", against))
     if student.samples_per_s and full is not None and full.samples_per_s:
-        tiles.append((f"{student.samples_per_s / full.samples_per_s:.0f}x", "faster", f"than the teacher's full {full.nfe} calls"))
+        tiles.append(
+            (
+                f"{student.samples_per_s / full.samples_per_s:.0f}x",
+                "faster",
+                f"than the teacher's full {full.nfe} calls",
+            )
+        )
     if student.recall is not None:
         theirs = "" if full is None or full.recall is None else f"the teacher's: {full.recall:.2f}"
         tiles.append((f"{student.recall:.2f}", "recall (variety)", theirs))
@@ -241,6 +252,12 @@ def cell(row: Row, name: str) -> str:
     return number(value)
 
 
+def row_name(row: Row) -> str:
+    """A row's title without its calls, which have a column."""
+    head, comma, tail = row.title.rpartition(", ")
+    return head if comma and tail.endswith(("call", "calls")) else row.title or row.model
+
+
 def table(report: Report | Measured | Mapping[str, Any]) -> str:
     """The rows as plain text, for a terminal; takes a report, scores, or the content of ``report.json``."""
     if isinstance(report, Mapping):
@@ -249,11 +266,13 @@ def table(report: Report | Measured | Mapping[str, Any]) -> str:
         rows = report.rows
     columns = [c for c in COLUMNS if any(getattr(row, c[0]) is not None for row in rows)]
     lines = [["model", *(title for _, title, _ in columns)]]
-    lines += [[row.title or row.model, *(cell(row, name) for name, _, _ in columns)] for row in rows]
+    lines += [[row_name(row), *(cell(row, name) for name, _, _ in columns)] for row in rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
 
     def text(line: list[str]) -> str:
         first, *rest = line
-        return "  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))]).rstrip()
+        return "  ".join(
+            [first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))]
+        ).rstrip()
 
     return "\n".join([text(lines[0]), "-" * (sum(widths) + 2 * (len(widths) - 1)), *map(text, lines[1:])])

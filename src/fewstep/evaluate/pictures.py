@@ -50,7 +50,9 @@ def sheets(
         path = f"samples/{file}.png"
         if path in pictures:
             path = f"samples/{file}_{len(pictures)}.png"
-        pictures[path] = png(drawn, {"model": model, "seed": str(stage.seed), "steps": str(calls), "made": kind != "real"})
+        pictures[path] = png(
+            drawn, {"model": model, "seed": str(stage.seed), "steps": str(calls), "made": kind != "real"}
+        )
         listed.append(Sheet(file=path, title=title, kind=kind, alt=f"{len(samples)} samples", columns=columns))
     near = neighbours(stage, [w for w in wanted if w[1] == "student"])
     if near is not None:

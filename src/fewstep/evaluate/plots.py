@@ -39,8 +39,15 @@ class Frame:
             self.put('<text class="tick" x="{}" y="{:.1f}" text-anchor="end">{}</text>', LEFT - 8, v + 4, _tick(y))
         for x in xs:
             u, _ = self.at(x, self.y[0])
-            self.put('<text class="tick" x="{:.1f}" y="{}" text-anchor="middle">{}</text>', u, self.high - BOTTOM + 18, _tick(x))
-        self.put('<text class="axis" x="{}" y="{}" text-anchor="middle">{}</text>', (LEFT + WIDE) / 2, self.high - 4, x_title)
+            self.put(
+                '<text class="tick" x="{:.1f}" y="{}" text-anchor="middle">{}</text>',
+                u,
+                self.high - BOTTOM + 18,
+                _tick(x),
+            )
+        self.put(
+            '<text class="axis" x="{}" y="{}" text-anchor="middle">{}</text>', (LEFT + WIDE) / 2, self.high - 4, x_title
+        )
         self.put('<text class="axis" x="12" y="{}" text-anchor="middle" transform="rotate(-90 12 {})">{}</text>',
                  (self.high - BOTTOM) / 2, (self.high - BOTTOM) / 2, y_title)  # fmt: skip
 
@@ -50,7 +57,9 @@ class Frame:
 
     def dot(self, x: float, y: float, kind: str, radius: float, title: str) -> None:
         u, v = self.at(x, y)
-        self.put('<circle class="{}" cx="{:.1f}" cy="{:.1f}" r="{}"><title>{}</title></circle>', kind, u, v, radius, title)
+        self.put(
+            '<circle class="{}" cx="{:.1f}" cy="{:.1f}" r="{}"><title>{}</title></circle>', kind, u, v, radius, title
+        )
 
     def word(self, x: float, y: float, text: str, kind: str, dx: float = 10, dy: float = 4, end: str = "start") -> None:
         u, v = self.at(x, y)

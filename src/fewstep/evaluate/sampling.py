@@ -76,7 +76,8 @@ def full_teacher(teacher: Denoiser, protocol: Protocol) -> Candidate:
     """The teacher's own sampler at its full number of calls."""
     found = of_teacher(teacher, protocol.full_solver, protocol.full_nfe, protocol, full=True)
     if found is None:
-        raise Refused(f"no number of steps of {protocol.full_solver} costs exactly {protocol.full_nfe} calls: pass one more or less")
+        asked = f"{protocol.full_solver} cannot take exactly {protocol.full_nfe} calls"
+        raise Refused(f"{asked}: pass {protocol.full_nfe - 1} or {protocol.full_nfe + 1}")
     return found
 
 

@@ -31,12 +31,14 @@ def _headline(student: Row, scores: Scores) -> tuple[Grade, str]:
     best, floor = scores.best, scores.floor
     if student.excess is None or best is None:
         if best is not None and floor is not None and student.frechet is not None and best.frechet is not None:
-            side = "no farther from real data than" if student.frechet <= best.frechet else "farther from real data than"
+            side = (
+                "no farther from real data than" if student.frechet <= best.frechet else "farther from real data than"
+            )
             return "unknown", f"{who} is {side} the teacher's best few-step sampler, which is already at the floor."
         if student.frechet is None or floor is None or not floor.frechet:
             return "unknown", f"{who} was measured, but there is nothing to hold it against."
         ratio = student.frechet / floor.frechet
-        return "unknown", f"{who} is {ratio:.1f} times as far from real data as real data is from itself; no teacher was given."
+        return "unknown", f"{who} is {ratio:.1f} times as far from real data as real data is from itself."
     grade: Grade = next((name for most, name in GRADES if student.excess <= most), "weak")
     against = f"the teacher's best sampler at up to {scores.few} calls ({_short(best)})"
     match grade:
@@ -78,9 +80,7 @@ def _speed(student: Row, scores: Scores) -> list[str]:
 
 
 def _others(more: list[Row]) -> list[str]:
-    return [
-        f"{_who(row)}: {_times(row.excess)} the excess." for row in more if row.excess is not None
-    ]
+    return [f"{_who(row)}: {_times(row.excess)} the excess." for row in more if row.excess is not None]
 
 
 def _warnings(student: Row, scores: Scores) -> tuple[list[str], list[str]]:
@@ -116,12 +116,20 @@ def _warnings(student: Row, scores: Scores) -> tuple[list[str], list[str]]:
         and floor.frechet is not None
         and full.frechet > 3 * floor.frechet
     ):
+        ratio = full.frechet / floor.frechet
         notes.append(
-            f"The teacher itself is {full.frechet / floor.frechet:.1f} times as far from real data as real data is from "
-            "itself: a better teacher would help the student most."
+            f"The teacher itself is {ratio:.1f} times as far from real data as real data is from itself: "
+            "a better teacher would help the student most."
+        )
+    if student.exact:
+        notes.append(
+            "In few dimensions a Fréchet distance sees no more than the mean and the covariance: read the table against "
+            "the exact law."
         )
     if student.count < 500:
-        notes.append(f"Only {student.count} samples were compared: Fréchet distances at such counts are large and rough.")
+        notes.append(
+            f"Only {student.count} samples were compared: Fréchet distances at such counts are large and rough."
+        )
     return serious, notes
 
 

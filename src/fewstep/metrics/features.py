@@ -153,7 +153,9 @@ def train_classifier(
     ``tell(done, total)`` hears of every epoch.
     """
     if data.ndim != 4 or len(data) != len(labels):
-        raise Refused(f"a classifier takes pictures [n, C, H, W] and n labels, got {list(data.shape)} and {len(labels)}")
+        raise Refused(
+            f"a classifier takes pictures [n, C, H, W] and n labels, got {list(data.shape)} and {len(labels)}"
+        )
     rng = torch.Generator().manual_seed(mix(seed, "classifier", design))
     if len(data) > VIEWS:
         pick = torch.randperm(len(data), generator=rng)[:VIEWS]
@@ -229,7 +231,7 @@ class ClassifierFeatures(Features):
         try:
             with safe_open(file, framework="pt") as archive:
                 about = archive.metadata() or {}
-                weights = {key: archive.get_tensor(key) for key in archive.keys()}  # noqa: SIM118: no iterator
+                weights = {key: archive.get_tensor(key) for key in archive.keys()}
             net = Classifier(ClassifierConfig.model_validate_json(about["config"]))
             net.load_state_dict(weights)
             return cls(net.requires_grad_(False), about["name"], json.loads(about["notes"]))
@@ -398,7 +400,9 @@ def main() -> None:
 
     from ..tasks import task_named
 
-    parser = argparse.ArgumentParser(prog="python -m fewstep.metrics.features", description="Train a measuring network.")
+    parser = argparse.ArgumentParser(
+        prog="python -m fewstep.metrics.features", description="Train a measuring network."
+    )
     parser.add_argument("--digits", type=Path, required=True, metavar="OUT", help="write the digits classifier here")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

@@ -44,15 +44,15 @@ def manifold(fake: Sample, real: Sample, k: int = 5) -> Manifold:
     key = ("manifold", id(real), k)
     if key not in fake.memo:
         own, theirs = radii(fake, k), radii(real, k)
-        precise, balls = torch.empty(len(fake), dtype=torch.bool), torch.empty(len(fake))
+        precise, balls = torch.empty(len(fake), dtype=torch.bool), torch.empty(len(fake), dtype=torch.float64)
         recalled = torch.zeros(len(real), dtype=torch.bool)
         closest = torch.full((len(real),), torch.inf, dtype=torch.float64)
         for part, table in blocks(fake.features, real.features):
             inside = table <= theirs
-            precise[part], balls[part] = inside.any(1), inside.sum(1).float()
+            precise[part], balls[part] = inside.any(1), inside.sum(1).double()
             recalled |= (table <= own[part, None]).any(0)
             closest = torch.minimum(closest, table.min(0).values)
-        fake.memo[key] = real, Manifold(precise, balls, recalled, closest <= theirs)  # held, so that its id stays its own
+        fake.memo[key] = real, Manifold(precise, balls, recalled, closest <= theirs)  # held: an id is one's own in life
     found: Manifold = fake.memo[key][1]
     return found
 
