@@ -38,6 +38,28 @@ def test_the_mathematics_and_the_recipes_load_no_extra():
     assert not loaded & {"diffusers", "sklearn", "matplotlib", "scipy", "transformers", "torchmetrics", "PIL"}
 
 
+def test_the_light_core_trains_checks_and_samples_without_one_extra(tmp_path):
+    absent = [module for modules in EXTRAS.values() for module in modules]
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({absent}))
+import torch
+from fewstep import cli, solvers
+from fewstep.path import Exploding
+from fewstep.tasks import task_named
+law = task_named("mixture").law
+times = torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)
+assert solvers.sample(law, torch.randn(4, 2), times, solvers.Euler()).isfinite().all()
+for line in ("train mixture_flow steps=2 -o run --device cpu", "check run", "sample run -n 2 --steps 2 --device cpu"):
+    assert cli.main([*line.split(), "-q"]) == 0, line
+sys.exit(cli.main(["plan", "digits", "-q"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert len(list((tmp_path / "samples").glob("*.safetensors"))) == 2, done.stderr
+    assert done.returncode == 3
+    assert done.stderr == "fewstep: this needs sklearn: pip install 'fewstep[evaluate]'\n"
+
+
 def test_every_pin_of_the_constraints_is_a_thing_that_is_asked_for_or_kept_out():
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = [line for line in lines if line and not line.startswith("#")]
