@@ -6,10 +6,11 @@ import copy
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from .cond import Cond
-from .denoiser import Denoiser
+from .denoiser import Denoiser, Reframed
 from .grid import descending
 from .path import Path, Time
 from .rng import Source, normal
@@ -64,6 +65,23 @@ class Student(nn.Module):
     def like(cls, teacher: Denoiser, shape: tuple[int, ...], **options: Any) -> Student:
         """A trainable copy of a teacher, to start from."""
         return cls(trainable_copy(teacher), shape, **options)
+
+    def unframed(self) -> Student:
+        """The same map on the path of the denoiser inside a ``Reframed`` one: from equal noise, equal samples."""
+        outer = self.denoiser
+        if not isinstance(outer, Reframed):
+            return self
+        inner = outer.inner
+        start = float(outer.match(self.start, torch.empty(0)))
+        here, there = self.path.coefs(self.start), inner.path.coefs(start)
+        scale = self.start_scale * float((there.alpha + there.sigma) / (here.alpha + here.sigma))
+        steps = {
+            count: (start, *(float(outer.match(t, torch.empty(0))) for t in times[1:]))
+            for count, times in self.steps.items()
+        }
+        return Student(
+            inner, self.shape, start=start, start_scale=scale, steps=steps, policy=self.policy, classes=self.classes
+        ).unframed()
 
     def forward(
         self, x: Tensor, t: Time, s: Time, cond: Cond = None, want: str = "sample"

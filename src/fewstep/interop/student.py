@@ -207,6 +207,7 @@ def _prepared(student: Student) -> Student:
     """A copy on the CPU in float32, for inference, whose one-step network reads no span."""
     if 1 not in student.steps and not student.steps:
         raise Refused("this student serves no step count")
+    student = student.unframed()
     one = wrapped(student)
     check_finite(one.net, "this student")
     twin = copy.deepcopy(student).to("cpu", torch.float32).eval().requires_grad_(False)
