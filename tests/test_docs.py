@@ -27,7 +27,9 @@ from fewstep.registry import METHODS, METRICS, SOLVERS
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
-MADE = re.compile(r"<!-- (options|command|methods|samplers|metrics)(?: ([\w.]+))?( flat)? -->\n(.*?)<!-- end -->", re.DOTALL)
+MADE = re.compile(
+    r"<!-- (options|command|methods|samplers|metrics)(?: ([\w.]+))?( flat)? -->\n(.*?)<!-- end -->", re.DOTALL
+)
 EVERYWHERE = {"--json", "--quiet", "--verbose", "--device", "--threads", "--help"}  # said once, for all commands
 
 
@@ -69,7 +71,11 @@ def values_of(annotation: Any, metadata: list[Any]) -> str:
     if words:
         return ", ".join(f"`{plain(word)}`" for word in words)
     signs = {"Ge": "≥", "Gt": ">", "Le": "≤", "Lt": "<"}
-    bounds = [f"{signs[type(m).__name__]} {getattr(m, type(m).__name__.lower()):g}" for m in metadata if type(m).__name__ in signs]
+    bounds = [
+        f"{signs[type(m).__name__]} {getattr(m, type(m).__name__.lower()):g}"
+        for m in metadata
+        if type(m).__name__ in signs
+    ]
     names = {int: "whole number", float: "number", bool: "`true`, `false`", str: "text", dict: "table"}
     found = next((names[k] for k in kinds if k in names), None)
     if any(get_origin(kind) in (tuple, list) for kind in kinds):
@@ -98,15 +104,18 @@ def option_rows(kind: type[BaseModel], flat: bool, head: str = "") -> Iterator[s
             yield from option_rows(part, flat, f"{head}{name}.")
 
 
-def made(what: str, name: str | None, flat: bool, page: Path) -> str:
+def made(what: str, about: str | None, flat: bool, page: Path) -> str:
     if what == "options":
-        place, _, cls = (name or "").rpartition(".")
+        place, _, cls = (about or "").rpartition(".")
         kind = getattr(importlib.import_module(place), cls)
         lines = ["| option | default | values | what it is |", "|---|---|---|---|", *option_rows(kind, flat)]
         up = "../" * (len(page.relative_to(DOCS).parts) - 1) if page.is_relative_to(DOCS) else "docs/"
         return "\n".join(lines).replace("(NOISE)", f"({up}recipes.md#noise-levels)") + "\n"
     if what == "command":
-        return "\n".join(["| argument or option | default | what it is |", "|---|---|---|", *command_rows(name or "")]) + "\n"
+        return (
+            "\n".join(["| argument or option | default | what it is |", "|---|---|---|", *command_rows(about or "")])
+            + "\n"
+        )
     registry = {"methods": METHODS, "samplers": SOLVERS, "metrics": METRICS}[what]
     own = [entry for entry in registry if entry.thing.__module__.startswith("fewstep.")]
     link = "" if page.is_relative_to(DOCS) else "docs/"
@@ -120,10 +129,8 @@ def made(what: str, name: str | None, flat: bool, page: Path) -> str:
         thing = entry.thing
         if what == "methods":
             needs = " and ".join(n for n, yes in (("teacher", thing.needs_teacher), ("data", thing.needs_data)) if yes)
-            lines.append(
-                f"| [{entry.name}]({link}methods/{entry.name}.md) | {thing.makes} | {needs or 'nothing'} | {entry.tier} "
-                f"| {entry.level} | {papers} |"
-            )
+            name = f"[{entry.name}]({link}methods/{entry.name}.md)"
+            lines.append(f"| {name} | {thing.makes} | {needs or 'nothing'} | {entry.tier} | {entry.level} | {papers} |")
         elif what == "samplers":
             lines.append(f"| `{entry.name}` | {thing.order} | {papers} | {entry.summary} |")
         else:
@@ -148,7 +155,11 @@ def command_rows(name: str) -> Iterator[str]:
         about = (getattr(parameter, "help", None) or "").replace("|", "\\|")
         if parameter.param_type_name == "argument":
             options = [f"`{(parameter.metavar or parameter.name.upper())}`".replace("|", "\\|")]
-        default = "required" if parameter.required else shown(None if callable(parameter.default) else value(parameter.default))
+        default = (
+            "required"
+            if parameter.required
+            else shown(None if callable(parameter.default) else value(parameter.default))
+        )
         yield f"| {', '.join(options)} | {'' if default == 'none' else default} | {about} |"
 
 
