@@ -15,6 +15,7 @@ import torch
 
 from fewstep import jobs
 from fewstep.errors import Failed, Interrupted, Refused
+from fewstep.train.pairs import Pairs
 from fewstep.train.recipe import recipe_from
 from fewstep.train.store import load_state
 from fewstep.train.trainer import Nobody, Trainer
@@ -100,15 +101,29 @@ def test_a_stopped_run_that_goes_on_ends_bit_equal_to_one_that_was_not(method, t
     section = {"name": method, "options": {"critic_turns": 2}} if method == "dmd2" else {"name": method}
     if method == "regression":
         section = MIXTURE["method"]
-    recipe = changed(method=section, steps=10, evaluate={"enabled": False})
-    jobs.train(recipe, tmp_path / "whole")
+    recipe = changed(method=section, steps=10)
+
+    def fit(run, resume=False, watch=None):
+        setting = jobs.prepare(recipe, run, "cpu", Nobody())
+        torch.manual_seed(1)
+        method = jobs.game(recipe, setting, jobs.make_student(recipe, setting.task, setting.raw, setting.shape))
+        wanted = method.pairs()
+        pairs = Pairs(setting.raw, setting.task, wanted, run, teacher_hash="law") if wanted else None
+        return Trainer(recipe, run, watch=watch).fit(method, setting.task, pairs, resume=resume).state_dict()
+
+    whole = fit(tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        fit(tmp_path / "parts", watch=Stopper(5))
+    parts = fit(tmp_path / "parts", resume=True)
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+    steps = [json.loads(line)["step"] for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
+    assert steps == [5, 10]
+
+
+def test_an_interrupted_run_names_the_line_that_goes_on_and_leaves_no_student(tmp_path):
     with pytest.raises(Interrupted, match="--resume"):
-        jobs.train(recipe, tmp_path / "parts", watch=Stopper(5))
-    assert not (tmp_path / "parts" / "student").exists()
-    jobs.train(recipe, tmp_path / "parts", resume=True)
-    whole, parts = (load_state(tmp_path / name / "stages" / "00") for name in ("whole", "parts"))
-    assert whole is not None and parts is not None
-    assert all(torch.equal(value, parts[0][name]) for name, value in whole[0].items())
+        jobs.train(changed(), tmp_path / "run", watch=Stopper(5))
+    assert not (tmp_path / "run" / "student").exists()
 
 
 def test_a_killed_run_goes_on_from_its_newest_whole_checkpoint(tmp_path):
