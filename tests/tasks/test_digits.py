@@ -63,11 +63,9 @@ def test_shifting_moves_some_digits_and_loses_no_ink(digits):
     moved = task.augment(data, Rng(0))
     assert 0.1 < (moved != data).flatten(1).any(1).float().mean() < 0.9
     assert torch.equal(moved.flatten(1).sort(1).values, data.flatten(1).sort(1).values)
-    across = [torch.stack([(x + 1).sum((1, 2, 3)) for x in (moved, data)])]
-    assert torch.allclose(across[0][0], across[0][1], atol=1e-4)
-    ink = (data > -1).float()
-    centre = [(part * torch.arange(8.0)).sum((1, 2, 3)) / part.sum((1, 2, 3)) for part in ((moved > -1).float(), ink)]
-    assert (centre[0] - centre[1]).abs().max() < 1 + 1e-5  # by a pixel, never round the edge
+    wide = torch.nn.functional.pad(data, (1, 1, 1, 1), value=-1.0)
+    shifts = [wide[:, :, i : i + 8, j : j + 8] for i in range(3) for j in range(3)]  # none wraps round the edge
+    assert torch.stack([(moved == shift).flatten(1).all(1) for shift in shifts]).any(0).all()
 
 
 def test_digits_are_shifted_only_on_request(digits):
