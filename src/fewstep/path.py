@@ -106,11 +106,10 @@ class Path(Part, ABC):
 
     def at(self, t: Time, like: Tensor) -> Coefs:
         """``coefs`` shaped to multiply ``like``, in its type but at least float32."""
-        coefs = self.coefs(t)
         if not isinstance(t, Tensor) or t.ndim == 0 and t.device.type == "cpu":
-            return coefs  # zero-dimensional: takes the type and the device of the other operand
+            return self.coefs(t)  # zero-dimensional: takes the type and the device of the other operand
         dtype = torch.promote_types(like.dtype, torch.float32)
-        return Coefs(*(column(c, like).to(like.device, dtype) for c in coefs))
+        return Coefs(*(c.to(like.device, dtype) for c in self.coefs(column(t, like))))
 
     def corrupt(self, x0: Tensor, t: Time, eps: Tensor) -> Tensor:
         """Noise a clean sample: ``alpha x0 + sigma eps``."""
@@ -198,11 +197,11 @@ class Path(Part, ABC):
         return (scale_s * (x / scale_t + (tau_s - tau_t) * slope)).to(x.dtype)
 
     def _columns(self, t: Time, like: Tensor) -> tuple[Tensor, Tensor]:
-        scale, tau = self.frame(t)
         if not isinstance(t, Tensor) or t.ndim == 0 and t.device.type == "cpu":
-            return scale, tau
+            return self.frame(t)
         dtype = torch.promote_types(like.dtype, torch.float32)
-        return column(scale, like).to(like.device, dtype), column(tau, like).to(like.device, dtype)
+        scale, tau = self.frame(column(t, like))
+        return scale.to(like.device, dtype), tau.to(like.device, dtype)
 
 
 class _NoiseFrame(Path):

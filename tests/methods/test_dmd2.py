@@ -33,10 +33,10 @@ GAN = GanOptions(width=8)
 def game_of(options=None, *, classes=None, critic=None, shape=(2,), seed=0, dtype=None, **student):
     """A game of small networks: teacher, student and critic each with weights of its own."""
     teacher = mlp(shape=shape, classes=classes, seed=seed, dtype=dtype)
-    made = Student(mlp(shape=shape, classes=classes, seed=seed + 1, dtype=dtype), shape, **student)
+    made = Student(mlp(shape=shape, classes=classes, seed=seed + 1, dtype=dtype), shape, classes=classes, **student)
     if critic is None:
         critic = mlp(shape=shape, classes=classes, seed=seed + 2, dtype=dtype)
-    return DMD2(teacher, made, options or DMD2Options(levels=UNIFORM), critic=critic, classes=classes)
+    return DMD2(teacher, made, options or DMD2Options(levels=UNIFORM), critic=critic)
 
 
 # -- at rest -----------------------------------------------------------------------------------------------

@@ -64,6 +64,6 @@ def test_a_short_run_comes_close_to_the_flow_map_of_a_gaussian():
         return ((student.generate(z) - wanted).square().mean() / wanted.var(0).mean()).sqrt().item()
 
     before = error()
-    play(Regression(None, student), with_targets(law, stream(law, 64)), 200, rate=6e-3)
+    play(Regression(None, student), with_targets(law, stream(law, 64)), 300, rate=1e-2)
     assert before > 0.5
     assert error() < 0.03

@@ -10,7 +10,7 @@ from laws import seeded, spd
 from fewstep.losses import stopped_pull
 from fewstep.method import Batch
 from fewstep.methods.dmd2 import DMD2, DMD2Options
-from fewstep.methods.families.score_gap import DIVERGENCES, F_OF_RATIO, gap, one_in, ratio_weight
+from fewstep.methods.families.score_gap import DIVERGENCES, F_OF_RATIO, fisher, gap, one_in, ratio_weight
 from fewstep.path import Exploding, NoiseSampler, Straight, Trigonometric, VariancePreserving
 from fewstep.rng import Rng
 from fewstep.teachers import Gaussian
@@ -60,6 +60,47 @@ def test_the_students_loss_has_the_gradient_of_the_divergence_between_the_noised
     t = part * path.t_max
     wanted = divergence_gradient(student, teacher, t)
     assert relative(match_gradient(game, t), wanted) < 1e-11
+
+
+def score_distance_gradient(student, teacher, t):
+    """d E ||score_student - score_teacher||^2 in A and b, the density of the student's samples held still."""
+    path, net = teacher.path, student.denoiser
+    alpha, sigma, _, _ = path.coefs(t)
+    ours = alpha**2 * net.matrix @ net.matrix.T + sigma**2 * torch.eye(3, dtype=torch.float64)
+    (z,) = sigma_points(3)
+    x = (alpha * net.offset + z @ torch.linalg.cholesky(ours).T).detach()
+    score = -torch.linalg.solve(ours, (x - alpha * net.offset).T).T
+    return gradients((score - teacher(x, t, want="score")).square().sum(1).mean(), net)
+
+
+@pytest.mark.parametrize("part", [0.05, 0.5, 0.9])
+@pytest.mark.parametrize("path", PATHS, ids=lambda p: p.kind)
+def test_the_distance_of_scores_has_its_own_gradient_with_the_density_held_still(path, part):
+    """Luo et al. 2024, Theorem 3.1, and the twin that stops what must not be stopped."""
+    teacher = Gaussian([1.0, -0.5, 0.3], covariance=spd(3, 1), path=path)
+    student = affine_student(MATRIX, OFFSET, path)
+    critic, t = student.denoiser.law(), part * path.t_max
+    game = DMD2(teacher, student, DMD2Options(gap="fisher", fisher_c=0.0, levels=fixed(part)), critic=critic)
+    wanted = score_distance_gradient(student, teacher, t)
+    z, eps = sigma_points(3, 3)
+    alpha, sigma, _, _ = path.coefs(t)
+    scale = 2 * (alpha / sigma**2) ** 2
+
+    def error(loss):
+        return relative({k: scale * g for k, g in gradients(loss, student.denoiser).items()}, wanted)
+
+    assert error(game.loss("student", Batch(z, None, z), Script(normals=[eps], uniforms=[0.5])).total) < 1e-9
+    x = student(student.start_scale * z, student.start, path.t_min)
+    x_t = path.corrupt(x, torch.full((12,), t, dtype=torch.float64), eps)
+    fake, real = critic(x_t, t), teacher(x_t, t)
+    assert error(-((fake - real).detach() * (fake - x)).sum(1).mean()) > 0.05
+
+
+def test_the_robust_distance_of_scores_is_the_plain_one_over_its_length():
+    x, fake, real = torch.randn(3, 4, 2, 3, generator=seeded(0), dtype=torch.float64)
+    length = torch.sqrt((fake - real).square().sum((1, 2)) + 0.3**2)
+    assert torch.allclose(fisher(x, fake, real, 0.3), fisher(x, fake, real, 0.0) / length)
+    assert fisher(x, fake, fake, 0.3).abs().max() == 0
 
 
 def test_other_criteria_than_the_match_would_be_noticed():

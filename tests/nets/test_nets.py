@@ -1,0 +1,147 @@
+import pytest
+import torch
+from laws import seeded
+
+from fewstep.nets import build, config_of
+from fewstep.nets.base import sinusoids
+
+KINDS = {
+    "mlp": {"kind": "mlp", "shape": (3,), "width": 16, "depth": 2},
+    "mlp of pictures": {"kind": "mlp", "shape": (1, 4, 4), "width": 16, "depth": 1},
+    "dit": {"kind": "dit", "shape": (1, 8, 8), "width": 16, "depth": 2, "heads": 2},
+    "dit of wide pictures": {"kind": "dit", "shape": (3, 4, 8), "width": 16, "depth": 1, "heads": 4, "patch": 4},
+    "unet": {"kind": "unet", "shape": (1, 8, 8), "widths": (8, 16)},
+}
+every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+
+
+def made(kind, **more):
+    torch.manual_seed(0)
+    net = build({**kind, **more})
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return net.eval()
+
+
+def question(net, count=4):
+    return torch.randn(count, *net.config.shape, generator=seeded(1)), torch.linspace(1, 900, count)
+
+
+@every_kind
+def test_the_answer_has_the_shape_of_the_sample(kind):
+    net = made(kind)
+    x, time = question(net)
+    assert net(x, time).shape == x.shape
+    assert net(x[:1], time[:1]).shape == x[:1].shape
+
+
+@every_kind
+def test_rows_do_not_know_each_other(kind):
+    net = made(kind, classes=3)
+    x, time = question(net)
+    labels = torch.tensor([0, 1, 2, 3])
+    with torch.no_grad():
+        assert torch.allclose(net(x, time, labels)[1:2], net(x[1:2], time[1:2], labels[1:2]), atol=1e-5)
+
+
+@every_kind
+def test_time_label_and_span_each_change_the_answer(kind):
+    net = made(kind, classes=3, reads_s=True)
+    x, time = question(net)
+    labels, span = torch.tensor([0, 1, 2, 0]), torch.full((4,), 0.3)
+    with torch.no_grad():
+        answer = net(x, time, labels, span)
+        assert not torch.allclose(net(x, time + 20, labels, span), answer, atol=1e-5)
+        assert not torch.allclose(net(x, time, (labels + 1) % 3, span), answer, atol=1e-5)
+        assert not torch.allclose(net(x, time, labels, span + 0.6), answer, atol=1e-5)
+
+
+@every_kind
+def test_no_condition_is_the_label_past_the_last(kind):
+    net = made(kind, classes=3)
+    x, time = question(net)
+    with torch.no_grad():
+        assert torch.equal(net(x, time), net(x, time, net.null(torch.zeros(4, dtype=torch.long))))
+
+
+@every_kind
+def test_a_fresh_span_embedding_is_silent(kind):
+    torch.manual_seed(0)
+    net = build({**kind, "reads_s": True})
+    x, time = question(net)
+    with torch.no_grad():
+        assert torch.equal(net(x, time, None, torch.rand(4)), net(x, time))
+
+
+@every_kind
+def test_the_derivative_in_the_length_of_a_jump_is_not_dominated_by_fast_waves(kind):
+    """Average velocities are learned through it: a wave of 1000 radians would drown them."""
+    net = made(kind, reads_s=True).double()
+    x, time = question(net)
+    x, time = x.double(), time.double()
+    span = torch.full((4,), 0.5, dtype=torch.float64)
+    step = 1e-3
+    with torch.no_grad():
+        low, mid, high = (net(x, time, None, span + by) for by in (-step, 0, step))
+    first, second = (high - low).abs().max() / (2 * step), (high - 2 * mid + low).abs().max() / step**2
+    assert 0 < second < 10 * first
+
+
+@every_kind
+def test_every_parameter_learns(kind):
+    net = made(kind, classes=3, reads_s=True)
+    x, time = question(net)
+    net(x, time, torch.tensor([0, 1, 2, 3]), torch.rand(4)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in net.parameters())
+
+
+@every_kind
+def test_it_runs_in_double_precision(kind):
+    net = made(kind).double()
+    x, time = question(net)
+    assert net(x.double(), time.double()).dtype == torch.float64
+
+
+@every_kind
+def test_a_description_survives_json(kind):
+    config = config_of(kind)
+    assert config_of(config.model_dump(mode="json")) == config
+    assert config_of(config) is config
+
+
+def test_waves_are_cosines_then_sines_from_fast_to_slow():
+    time = torch.tensor([0.0, 1.0, 7.0])
+    waves = sinusoids(time, 4, period=100.0)
+    wanted = torch.stack([time.cos(), (time / 10).cos(), time.sin(), (time / 10).sin()], 1)
+    assert torch.allclose(waves, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"kind": "dit", "shape": (1, 8, 8), "width": 18, "heads": 4}, "18 is not a multiple"),
+        ({"kind": "dit", "shape": (1, 9, 8)}, "9x8 has no whole patches of 2"),
+        ({"kind": "dit", "shape": (1, 8)}, "shape"),
+        ({"kind": "mlp"}, "shape"),
+        ({"kind": "mlp", "shape": (2,), "wdith": 3}, "wdith"),
+        ({"kind": "transformer"}, "transformer"),
+    ],
+)
+def test_a_description_that_cannot_be_built_is_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        build(wrong)
+
+
+def test_a_fresh_transformer_says_nothing_yet():
+    net = build(KINDS["dit"])
+    x, time = question(net)
+    assert net(x, time).abs().max() == 0
+
+
+def test_a_transformer_knows_where_its_patches_are():
+    net = made(KINDS["dit"])
+    x, time = question(net)
+    with torch.no_grad():
+        moved = net(x.roll(2, 3), time).roll(-2, 3)
+        assert not torch.allclose(moved, net(x, time), atol=1e-4)
