@@ -83,7 +83,7 @@ def test_features_are_64_wide_in_float64_and_do_not_depend_on_the_batch(digits):
 
 
 def test_the_network_that_chooses_is_another_one():
-    task = Stripes()
+    task = Stripes(count=16)
     measure, select = features_for(task), features_for(task, purpose="select")
     assert measure.hash != select.hash
     assert {k: v.shape for k, v in measure.net.state_dict().items()} != {
@@ -176,7 +176,9 @@ def test_a_vector_is_its_own_feature_and_a_law_its_own_classifier():
 
 
 def test_labels_in_a_law_are_weighed_by_their_share():
-    task = task_named("mixture", {"dimension": 1, "modes": 2, "classes": 2, "radius": 0.5, "std": 1.0, "weights": (9, 1)})
+    task = task_named(
+        "mixture", {"dimension": 1, "modes": 2, "classes": 2, "radius": 0.5, "std": 1.0, "weights": (9, 1)}
+    )
     features = features_for(task)
     edge = 2.1972 / 1.0  # where 9 N(x; -.5, 1) = N(x; .5, 1): x = log 9
     assert features.predict(torch.tensor([[edge - 0.01], [edge + 0.01]])).tolist() == [0, 1]

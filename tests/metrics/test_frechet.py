@@ -33,7 +33,7 @@ def test_between_rotated_gaussians_it_is_scipys_formula():
     a, b = points(500, 6, 0), points(400, 6, 3)
     left, right = np.cov(a.numpy().T), np.cov(b.numpy().T)
     root = sqrtm(left @ right).real
-    expected = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(left + right - 2 * root)
+    expected = np.square((a.mean(0) - b.mean(0)).numpy()).sum() + np.trace(left + right - 2 * root)
     assert distance(a, b) == pytest.approx(float(expected), rel=1e-10)
 
 

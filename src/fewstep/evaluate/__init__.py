@@ -33,7 +33,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Parts are imported when they are first asked for: reading a report needs no torch."""
+    """Parts are imported when they are first asked for, so that importing this package costs nothing."""
     import importlib
 
     if name not in WHERE:

@@ -469,7 +469,7 @@ class Stage:
         for turn in range(rounds + 1):  # the first is a warm-up, and for the short ones only
             for i, candidate in enumerate(timed):
                 if turn or i in few:
-                    took = one_run(candidate, noise, cond, Rng(self.seed, "timing", turn))
+                    took = one_run(candidate, noise, cond, turn)
                     if turn:
                         seconds[i].append(took)
                 self.watch.advance("timing", turn * len(timed) + i + 1)
@@ -500,19 +500,13 @@ def trials(teacher: Denoiser, protocol: Protocol) -> list[Candidate]:
     return [candidate for candidate in made if candidate is not None]
 
 
-def one_run(candidate: Candidate, noise: Tensor, cond: Cond, rng: Rng) -> float:
-    """Seconds of one batch, from noise on the model's device to samples."""
-    from ..cond import move
-
-    device = candidate.device
-    noise, cond = noise.to(device), move(cond, device)
-    rng = Rng("timing", device=device) if device.type != "cpu" else rng
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def one_run(candidate: Candidate, noise: Tensor, cond: Cond, turn: int) -> float:
+    """Seconds of one batch, drawn as everything here is drawn: spread over the threads, samples back on the CPU."""
+    workers = torch.get_num_threads() if candidate.device.type == "cpu" else 1
+    chunks = chunks_of(noise, cond, -(-len(noise) // workers), "timing", turn)
     began = time.perf_counter()
-    candidate.draw(candidate.network, noise, cond, rng)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    for _ in draws(candidate, chunks):
+        pass
     return time.perf_counter() - began
 
 

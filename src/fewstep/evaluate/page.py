@@ -222,13 +222,15 @@ def number(value: float) -> str:
         return f"{value:,.0f}"
     if size >= 10:
         return f"{value:.1f}"
+    if size >= 1:
+        return f"{value:.2f}"
     if size >= 0.01 or size == 0:
         return f"{value:.3f}"
     return f"{value:.2g}"
 
 
 def _share(value: float) -> str:
-    return f"{value:.3f}".lstrip("0") if 0 <= value < 1 else f"{value:.2f}"
+    return f"{value:.3f}".lstrip("0") if 0 <= value < 0.9995 else f"{value:.2f}"
 
 
 def cell(row: Row, name: str) -> str:

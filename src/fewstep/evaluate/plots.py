@@ -85,7 +85,7 @@ def curve(scores: Measured) -> Markup | None:
     frame.grid(_few(calls), _decades(min(values) / 1.5, top), "network calls for one sample", "Fréchet distance")
     if floor is not None and floor.frechet:
         frame.line([(frame.x[0], floor.frechet), (frame.x[1], floor.frechet)], "floor")
-        frame.word(frame.x[1], floor.frechet, "real against real", "note", -4, -6, "end")
+        frame.word(frame.x[1], floor.frechet, "real against real", "note", -4, 15, "end")
     for tried in scores.scout:
         if tried.frechet is not None and frame.y[0] < tried.frechet < top:
             frame.dot(tried.nfe, tried.frechet, "tried", 3, f"{tried.solver}, {tried.nfe} calls: {tried.frechet:.3g}")

@@ -123,8 +123,8 @@ def _warnings(student: Row, scores: Scores) -> tuple[list[str], list[str]]:
         )
     if student.exact:
         notes.append(
-            "In few dimensions a Fréchet distance sees no more than the mean and the covariance: read the table against "
-            "the exact law."
+            "In few dimensions a Fréchet distance sees no more than the mean and the covariance: "
+            "read the table against the exact law."
         )
     if student.count < 500:
         notes.append(
