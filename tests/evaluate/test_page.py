@@ -283,6 +283,12 @@ def test_a_good_figure_does_not_hide_copying_or_lost_variety(changes, warning):
     assert verdict.grade == "fair"
 
 
+def test_a_student_that_lost_all_variety_is_weak_whatever_its_distance():
+    lost = {"recall": 0.0, "coverage": 0.1, "diversity": 0.05}
+    for excess in (0.9, None):
+        assert judge(scores(with_student(excess=excess, **lost))).grade == "weak"
+
+
 def test_a_student_that_no_sampler_matches_and_one_that_a_cheap_one_does():
     best = judge(scores(with_student(frechet=0.3, excess=0.4)))
     assert "No sampler of the teacher" in best.points[1]
