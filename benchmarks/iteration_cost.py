@@ -176,7 +176,9 @@ def cases(batch: int, width: int) -> dict[str, tuple[Work, list[Work], str]]:
     def student_of(teacher: Denoiser) -> Student:
         return Student.like(teacher, (1, 8, 8), classes=10)
 
-    def add(name: str, method: Method, passes: list[Work], words: str, player: str = "student", pairs: bool = False) -> None:
+    def add(
+        name: str, method: Method, passes: list[Work], words: str, player: str = "student", pairs: bool = False
+    ) -> None:
         out[name] = (Game(method, batch, pairs).play(player), passes, words)
 
     for name, cls in (("denoising", Denoising), ("flow_matching", FlowMatching)):

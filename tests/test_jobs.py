@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -52,7 +51,14 @@ def finished(tmp_path_factory):
 
 def test_a_run_leaves_recipe_log_student_scores_and_report(finished):
     run, report = finished
-    for name in ("recipe.toml", "environment.json", "log.jsonl", "scores.json", "report/index.html", "report/report.json"):
+    for name in (
+        "recipe.toml",
+        "environment.json",
+        "log.jsonl",
+        "scores.json",
+        "report/index.html",
+        "report/report.json",
+    ):
         assert (run / name).is_file(), name
     models = [row["model"] for row in report["rows"]]
     assert models.count("teacher") == models.count("student") == models.count("real") == 1
@@ -167,7 +173,9 @@ def test_resuming_with_another_recipe_is_refused(finished):
 
 
 def test_gradients_that_are_not_finite_stop_the_run_with_a_clear_line(tmp_path):
-    recipe = changed(optim={"lr": 1e30, "clip": None}, steps=60, evaluate={"enabled": False}, log={"every": 5, "probe": 60})
+    recipe = changed(
+        optim={"lr": 1e30, "clip": None}, steps=60, evaluate={"enabled": False}, log={"every": 5, "probe": 60}
+    )
     with pytest.raises(Failed, match="not finite"):
         jobs.train(recipe, tmp_path / "run")
 
@@ -247,5 +255,7 @@ def test_a_pipeline_folder_and_a_folder_of_images_become_a_student_that_stock_di
         }
     )  # fmt: skip
     report = jobs.distill(recipe, tmp_path / "run")
-    assert json.loads((tmp_path / "run" / "student" / "model_index.json").read_text())["_class_name"].endswith("Pipeline")
+    assert json.loads((tmp_path / "run" / "student" / "model_index.json").read_text())["_class_name"].endswith(
+        "Pipeline"
+    )
     assert [row["calls"] for row in report["rows"] if row["model"] == "student"] == [1]

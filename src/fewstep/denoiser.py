@@ -29,9 +29,7 @@ class Denoiser(nn.Module, ABC):
     path: Path
 
     @abstractmethod
-    def forward(
-        self, x: Tensor, t: Time, cond: Cond = None, want: str = "x0", s: Time | None = None
-    ) -> Any: ...
+    def forward(self, x: Tensor, t: Time, cond: Cond = None, want: str = "x0", s: Time | None = None) -> Any: ...
 
     def velocity(self, x: Tensor, t: Time, cond: Cond = None) -> Tensor:
         """``dx_t / dt`` of the deterministic flow."""
@@ -94,9 +92,7 @@ class Wrapped(Denoiser):
         self.scale_input, self.data_std, self.boundary = scale_input, data_std, boundary
         self.taps: tuple[str, ...] = tuple(taps)
 
-    def forward(
-        self, x: Tensor, t: Time, cond: Cond = None, want: str = "x0", s: Time | None = None
-    ) -> Any:
+    def forward(self, x: Tensor, t: Time, cond: Cond = None, want: str = "x0", s: Time | None = None) -> Any:
         if want == "features":
             with tapped(self.net, self.taps, stop=True) as features:
                 try:
@@ -169,9 +165,7 @@ class Guided(_Around):
         self.scale, self.interval = scale, interval
         self.negative = inner.null if negative is None else negative
 
-    def forward(
-        self, x: Tensor, t: Time, cond: Cond = None, want: str = "x0", s: Time | None = None
-    ) -> Any:
+    def forward(self, x: Tensor, t: Time, cond: Cond = None, want: str = "x0", s: Time | None = None) -> Any:
         if self.scale == 1 or want == "features":
             return self.inner(x, t, cond, want, s)
         strength: float | Tensor = self.scale - 1
@@ -201,9 +195,7 @@ class Counted(_Around):
         super().__init__(inner)
         self.calls = self.images = 0
 
-    def forward(
-        self, x: Tensor, t: Time, cond: Cond = None, want: str = "x0", s: Time | None = None
-    ) -> Any:
+    def forward(self, x: Tensor, t: Time, cond: Cond = None, want: str = "x0", s: Time | None = None) -> Any:
         self.calls += 1
         self.images += x.shape[0]
         return self.inner(x, t, cond, want, s)
@@ -218,9 +210,7 @@ class Clipped(_Around):
             raise ValueError(f"a clipping range needs low < high, got {low} and {high}")
         self.low, self.high = low, high
 
-    def forward(
-        self, x: Tensor, t: Time, cond: Cond = None, want: str = "x0", s: Time | None = None
-    ) -> Any:
+    def forward(self, x: Tensor, t: Time, cond: Cond = None, want: str = "x0", s: Time | None = None) -> Any:
         if want == "features":
             return self.inner(x, t, cond, want, s)
         if want == "both":
@@ -241,9 +231,7 @@ class Reframed(_Around):
         super().__init__(inner)
         self.path = path
 
-    def forward(
-        self, x: Tensor, t: Time, cond: Cond = None, want: str = "x0", s: Time | None = None
-    ) -> Any:
+    def forward(self, x: Tensor, t: Time, cond: Cond = None, want: str = "x0", s: Time | None = None) -> Any:
         there = self.match(t, x)
         here, far = self.path.at(t, x), self.inner.path.at(there, x)
         moved = (x * (far.alpha + far.sigma) / (here.alpha + here.sigma)).to(x.dtype)
@@ -256,7 +244,11 @@ class Reframed(_Around):
     def match(self, t: Time, like: Tensor) -> Time:
         """The inner path's time with the same ratio of noise to signal."""
         time = self.inner.path.time(self.path.lam(t))
-        return time.to(like.device, torch.promote_types(like.dtype, torch.float32)) if isinstance(t, Tensor) else float(time)
+        return (
+            time.to(like.device, torch.promote_types(like.dtype, torch.float32))
+            if isinstance(t, Tensor)
+            else float(time)
+        )
 
 
 class _Enough(Exception):
@@ -333,7 +325,9 @@ def choose_taps(net: nn.Module, run: Callable[[], Any], count: int = 1) -> tuple
             entry = next((a for a in args if isinstance(a, Tensor)), None)
             if entry is not None and entry.is_floating_point() and value.is_floating_point() and value.ndim >= 2:
                 tokens = value.ndim == 3
-                positions = value.shape[1] if tokens else int(torch.tensor(value.shape[2:]).prod()) if value.ndim > 2 else 1
+                positions = (
+                    value.shape[1] if tokens else int(torch.tensor(value.shape[2:]).prod()) if value.ndim > 2 else 1
+                )
                 channels = value.shape[2] if tokens else value.shape[1]
                 order.append((name, channels, positions))
 

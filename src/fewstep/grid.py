@@ -49,7 +49,9 @@ def grid(
         case "trailing":
             times = path.t_min + (top - path.t_min) * torch.round(1000 * span) / 1000
         case "karras" | "logsnr":
-            inner = torch.linspace(1, 0, steps, dtype=torch.float64) if steps > 1 else torch.ones(1, dtype=torch.float64)
+            inner = (
+                torch.linspace(1, 0, steps, dtype=torch.float64) if steps > 1 else torch.ones(1, dtype=torch.float64)
+            )
             if kind == "karras":
                 times = karras_time(path, inner, rho, bottom, top)
             else:

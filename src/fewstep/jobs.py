@@ -375,7 +375,9 @@ def sample(
         times, solver = grid(loaded.denoiser.path, calls), solver_named("dpm2m")
 
         def draw(noise: torch.Tensor, cond: Any, rng: torch.Generator) -> torch.Tensor:
-            return run_solver(loaded.denoiser, start_noise(loaded.denoiser.path, float(times[0]), noise), times, solver, cond=cond)
+            return run_solver(
+                loaded.denoiser, start_noise(loaded.denoiser.path, float(times[0]), noise), times, solver, cond=cond
+            )
 
     wanted = list(labels) if labels else None
     if wanted is not None and classes is None:
@@ -517,7 +519,9 @@ def plan(recipe: Recipe, *, device: str = "cpu", timed: int = 3) -> dict[str, An
         eyes = Nobody()
         if recipe.teacher is not None and recipe.teacher.source.startswith("recipe:"):
             nested = load_recipe(recipe.teacher.source.removeprefix("recipe:"), [f"seed={recipe.seed}"])
-            small = nested.model_copy(update={"steps": 1, "task": recipe.task if nested.task.name == recipe.task.name else nested.task})
+            small = nested.model_copy(
+                update={"steps": 1, "task": recipe.task if nested.task.name == recipe.task.name else nested.task}
+            )
             train(small, run / "teacher_run", device=device)
         setting = prepare(recipe, run, device, eyes)
         parts = []
@@ -541,7 +545,9 @@ def plan(recipe: Recipe, *, device: str = "cpu", timed: int = 3) -> dict[str, An
     }
 
 
-def _cost(part: Recipe, setting: Setting, method: Method, run: File, index: int, device: str, timed: int) -> dict[str, Any]:
+def _cost(
+    part: Recipe, setting: Setting, method: Method, run: File, index: int, device: str, timed: int
+) -> dict[str, Any]:
     """Parameters, states in memory and seconds of one stage."""
     learning = sum(p.numel() for name in method.players for p in getattr(method, name).parameters())
     frozen = sum(p.numel() for p in setting.raw.parameters()) if setting.raw is not None else 0
@@ -637,7 +643,9 @@ def verify(
                 raise Failed(f"recipe {name!r} expects {metric!r}, which its report does not have")
             middle = statistics.median(values)
             holds = (bar.min is None or middle >= bar.min) and (bar.max is None or middle <= bar.max)
-            wanted = " ".join(f"{sign} {edge:g}" for sign, edge in ((">=", bar.min), ("<=", bar.max)) if edge is not None)
+            wanted = " ".join(
+                f"{sign} {edge:g}" for sign, edge in ((">=", bar.min), ("<=", bar.max)) if edge is not None
+            )
             rows.append(
                 {
                     "recipe": name, "metric": metric, "expected": wanted, "median": round(middle, 4),

@@ -5,12 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Self, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from .cond import Cond, move, rows
+from .grid import GridKind
 from .part import Part
 from .rng import Source
 from .student import Student
@@ -64,10 +66,10 @@ class Loss:
 class PairOptions(Part):
     """Noise-image pairs: where the teacher's sampler takes each noise. Cached to disk by the trainer."""
 
-    count: int = 12_000
-    solver: str = "dpm2m"
-    nfe: int = 8
-    grid: str = "karras"
+    count: int = Field(12_000, ge=1, description="pairs that are made")
+    solver: str = Field("dpm2m", description="the sampler that takes each noise to its image")
+    nfe: int = Field(8, ge=1, description="the teacher's calls for one of them")
+    grid: GridKind = Field("karras", description="of the sampler's times")
 
 
 class Method(nn.Module, ABC):

@@ -403,9 +403,7 @@ class Tabulated(_UnitVariance):
         return (cell + (left - alpha) / (left - right)) / count
 
 
-AnyPath = Annotated[
-    Straight | Trigonometric | Exploding | VariancePreserving | Tabulated, Field(discriminator="kind")
-]
+AnyPath = Annotated[Straight | Trigonometric | Exploding | VariancePreserving | Tabulated, Field(discriminator="kind")]
 
 
 def path_from(description: dict[str, object]) -> Path:

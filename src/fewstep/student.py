@@ -83,9 +83,7 @@ class Student(nn.Module):
             inner, self.shape, start=start, start_scale=scale, steps=steps, policy=self.policy, classes=self.classes
         ).unframed()
 
-    def forward(
-        self, x: Tensor, t: Time, s: Time, cond: Cond = None, want: str = "sample"
-    ) -> Any:
+    def forward(self, x: Tensor, t: Time, s: Time, cond: Cond = None, want: str = "sample") -> Any:
         """Jump from t to s. ``want``: sample | x0 | eps | flow | velocity | average_velocity | features.
 
         ``average_velocity`` is ``(x_t - x_s) / (t - s)`` on the straight path: the ``flow`` of the guess.
@@ -105,9 +103,7 @@ class Student(nn.Module):
             raise ValueError(f"this student was trained for {known} step(s), got {steps}: pass one of those")
         return self.steps[steps]
 
-    def generate(
-        self, noise: Tensor, cond: Cond = None, rng: Source | None = None, steps: int = 1
-    ) -> Tensor:
+    def generate(self, noise: Tensor, cond: Cond = None, rng: Source | None = None, steps: int = 1) -> Tensor:
         """Samples from standard normal noise [batch, *shape] in ``steps`` calls."""
         times = self.times(steps)
         x = self.start_scale * noise

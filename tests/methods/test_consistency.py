@@ -21,7 +21,9 @@ PATHS = [Straight(), Trigonometric(), EDM, VariancePreserving()]
 
 def options(levels=40, **other):
     """A number of levels that does not change."""
-    return ConsistencyOptions(**{"first": levels, "last": levels, "horizon": 1, "distance": "l2", "weight": "none", **other})
+    return ConsistencyOptions(
+        **{"first": levels, "last": levels, "horizon": 1, "distance": "l2", "weight": "none", **other}
+    )
 
 
 def nudged(law):
@@ -267,5 +269,3 @@ def test_a_short_run_comes_close_to_the_flow_map_of_a_gaussian(mode):
     play(game, stream(law, 128), 400, rate=4e-3)
     assert before > 0.5
     assert error() < (0.1 if mode == "distillation" else 0.14)
-
-

@@ -35,7 +35,9 @@ def made(entry, options, seed=0):
     """The method with a small network as its teacher, on the straight path, with three labels."""
     teacher = mlp(classes=3, seed=seed)
     reads_s = entry.name == "meanflow"
-    student = Student(mlp(classes=3, reads_s=reads_s, prediction="flow" if reads_s else "x0", seed=seed + 1), (2,), classes=3)
+    student = Student(
+        mlp(classes=3, reads_s=reads_s, prediction="flow" if reads_s else "x0", seed=seed + 1), (2,), classes=3
+    )
     return entry.thing(teacher, student, entry.thing.Options(**options))
 
 

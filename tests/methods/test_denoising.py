@@ -142,7 +142,9 @@ def test_a_short_run_comes_close_to_the_exact_score_of_a_mixture(kind):
     law = mixture()
     student = Student(mlp(width=64, prediction="x0" if kind is Denoising else "flow"), (2,))
     levels = NoiseSampler(low=0.02)
-    options = DenoisingOptions(levels=levels, weight="none") if kind is Denoising else FlowMatchingOptions(levels=levels)
+    options = (
+        DenoisingOptions(levels=levels, weight="none") if kind is Denoising else FlowMatchingOptions(levels=levels)
+    )
     x = draw(law, 2000, 0.5).float()
 
     def error():

@@ -135,7 +135,9 @@ def test_reverse_kl_with_an_adversary_weighs_every_row_alike_bit_by_bit():
     batch = batch_of(16)
     plain = game_of(DMD2Options(levels=UNIFORM)).loss("student", batch, Rng(3)).parts["match"]
     match = {
-        name: game_of(DMD2Options(levels=UNIFORM, gan=GAN, divergence=name)).loss("student", batch, Rng(3)).parts["match"]
+        name: game_of(DMD2Options(levels=UNIFORM, gan=GAN, divergence=name))
+        .loss("student", batch, Rng(3))
+        .parts["match"]
         for name in ("reverse_kl", "forward_kl")
     }
     assert torch.equal(match["reverse_kl"], plain)

@@ -156,9 +156,14 @@ def test_the_derivative_is_paid_for_the_rows_that_jump_alone():
 
 
 def test_both_derivatives_give_nearly_the_same_loss():
-    student, batch = Student(mlp(reads_s=True, prediction="flow", dtype=torch.float64), (2,)), batch_of(32, dtype=torch.float64)
+    student, batch = (
+        Student(mlp(reads_s=True, prediction="flow", dtype=torch.float64), (2,)),
+        batch_of(32, dtype=torch.float64),
+    )
     exact, difference = (
-        MeanFlow(None, student, MeanFlowOptions(derivative=kind, step=1e-3, power=0.0)).loss("student", batch, Rng(0)).total
+        MeanFlow(None, student, MeanFlowOptions(derivative=kind, step=1e-3, power=0.0))
+        .loss("student", batch, Rng(0))
+        .total
         for kind in ("exact", "difference")
     )
     assert difference.item() == pytest.approx(exact.item(), rel=1e-2)

@@ -187,7 +187,9 @@ def on_a_grid(name, t, weight=None, sign=1.0):
 
 
 @pytest.mark.parametrize("t", [0.3, 0.5, 0.8])
-@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jensen_shannon", "softened_rkl", "jeffreys", "hellinger"])
+@pytest.mark.parametrize(
+    "name", ["reverse_kl", "forward_kl", "jensen_shannon", "softened_rkl", "jeffreys", "hellinger"]
+)
 def test_the_weighted_gap_is_the_gradient_of_its_divergence(name, t):
     wanted, found = on_a_grid(name, t)
     assert torch.allclose(found, wanted, rtol=1e-8, atol=1e-10)

@@ -88,6 +88,9 @@ def _use(contract: Contract) -> list[str]:
             f"samples = generate(torch.randn(4, {shape}){condition})",
             "```",
         ]
+    if contract.role == "teacher" and contract.pipeline == "ConsistencyModelPipeline":
+        # the stock scheduler renoises between steps, which suits consistency models and not a plain denoiser
+        return ["```", "fewstep sample . --steps 8", "```"]
     calls = [s.call for s in contract.steps if s.call is not None]
     call = dict(calls[0]) if calls else {"num_inference_steps": 50 if contract.role == "teacher" else 1}
     if contract.pipeline != "DiTPipeline":

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, Self
 
 import torch
@@ -29,8 +29,8 @@ class ConsistencyOptions(Part):
     last: int = Field(1280, ge=2, description="levels at the end; they double in between")
     horizon: int = Field(1000, ge=1, description="student updates over which the levels double; the recipe's steps")
     mean: float = Field(-1.1, description="of log sigma, where pairs of levels are drawn")
-    std: float = Field(2.0, gt=0)
-    distance: Literal["huber", "l2"] = "huber"
+    std: float = Field(2.0, gt=0, description="of log sigma there")
+    distance: Literal["huber", "l2"] = Field("huber", description="of the whole sample, or the mean square")
     huber_c: float | None = Field(None, ge=0, description="None: 0.00054 sqrt(D)")
     weight: Literal["inverse_gap", "none"] = Field("inverse_gap", description="1 / (sigma_next - sigma)")
     target_decay: float = Field(0.0, ge=0, lt=1, description="average of the target network; 0: the student itself")

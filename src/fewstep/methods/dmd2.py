@@ -18,17 +18,29 @@ from ..registry import Paper, method
 from ..rng import Source
 from ..student import Student, trainable_copy
 from .denoising import Weight, level_weight
-from .families.score_gap import Adversary, Divergence, GanOptions, fisher, gap, one_in, ratio_weight, rollout, same_path, still
+from .families.score_gap import (
+    Adversary,
+    Divergence,
+    GanOptions,
+    fisher,
+    gap,
+    one_in,
+    ratio_weight,
+    rollout,
+    same_path,
+    still,
+)
 
 
 class DMD2Options(Part):
     critic_turns: int = Field(5, ge=1, description="critic updates before each student update (TTUR)")
     levels: NoiseSampler = Field(NoiseSampler(kind="karras", low=0.02, high=0.98), description="where laws are matched")
     critic_levels: NoiseSampler = Field(NoiseSampler(kind="log_normal", std=1.2), description="where the critic learns")
-    critic_weight: Weight = "edm"
+    critic_weight: Weight = Field("edm", description="of the critic's squared error in the clean sample")
     data_std: float = Field(1.0, gt=0, description="spread of the data, for the critic's weight")
     gap: Literal["kl", "fisher"] = Field(
-        "kl", description="descend the divergence itself, or the distance of the scores (SIM): keeps more modes, costs more"
+        "kl",
+        description="descend the divergence itself, or the distance of the scores (SIM): keeps more modes, costs more",
     )
     fisher_c: float = Field(0.01, ge=0, description="pseudo-Huber constant of the scores' distance; 0: squares")
     normalise: bool = Field(True, description="divide the gap by the size of the teacher's error")
@@ -36,9 +48,11 @@ class DMD2Options(Part):
     guidance: float = Field(1.0, ge=0, description="scale on the teacher's guess alone")
     gan: GanOptions | None = Field(None, description="an adversary on noised samples; None: off")
     pairs: PairOptions | None = Field(None, description="noise-image pairs to regress on beside the match")
-    pairs_weight: float = Field(0.25, ge=0)
-    pairs_distance: Literal["huber", "l2", "l1"] = "l2"
-    huber_c: float = Field(0.24, ge=0)
+    pairs_weight: float = Field(0.25, ge=0, description="of the pairs' distance beside the match")
+    pairs_distance: Literal["huber", "l2", "l1"] = Field(
+        "l2", description="huber is of the whole sample, the others means"
+    )
+    huber_c: float = Field(0.24, ge=0, description="of the pairs' huber: below this length of the error, quadratic")
     start: float | None = Field(None, gt=0, description="time of the first step; None: the path's end")
     steps: int = Field(1, ge=1, description="steps that the student takes")
     times: tuple[float, ...] | None = Field(None, description="their times; None: even on the rho = 7 grid from start")
@@ -140,8 +154,10 @@ class DMD2(Method):
         else:
             parts["match"] = weight * stopped_pull(x, gap(x, fake.detach(), real, options.normalise))
         if batch.target is not None and options.pairs is not None:
-            first = x if len(self.student.times(options.steps)) == 1 else self.student(
-                self.student.start_scale * batch.noise, self.student.start, path.t_min, batch.cond
+            first = (
+                x
+                if len(self.student.times(options.steps)) == 1
+                else self.student(self.student.start_scale * batch.noise, self.student.start, path.t_min, batch.cond)
             )
             parts["pairs"] = distance(options.pairs_distance, first, batch.target, options.huber_c)
         return Loss.mean(parts, weights)

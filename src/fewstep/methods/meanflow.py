@@ -26,7 +26,7 @@ class MeanFlowOptions(Part):
     levels: NoiseSampler = Field(NoiseSampler(kind="logit_normal", mean=-0.4, std=1.0), description="of t and s")
     jumps: float = Field(0.5, ge=0, le=1, description="share of rows with s < t; the others learn the velocity")
     power: float = Field(0.75, ge=0, description="adaptive weight 1 / (||error||^2 + c)^power; 0: plain squares")
-    c: float = Field(0.01, gt=0)
+    c: float = Field(0.01, gt=0, description="added to the squared error in the adaptive weight")
     derivative: Literal["exact", "difference"] = Field(
         "exact", description="forward-mode derivative, or a central difference where attention has none"
     )
@@ -58,7 +58,9 @@ class MeanFlow(Method):
     def __init__(self, teacher: Any, student: Student, options: Part | None = None) -> None:
         super().__init__(teacher, student, options)
         if not isinstance(student.path, Straight):
-            raise ValueError(f"meanflow needs the straight path, got {type(student.path).__name__}: wrap it in Reframed")
+            raise ValueError(
+                f"meanflow needs the straight path, got {type(student.path).__name__}: wrap it in Reframed"
+            )
 
     def loss(self, player: str, batch: Batch, rng: Source) -> Loss:
         path, options, x0 = self.student.path, self.options, batch.data

@@ -15,8 +15,10 @@ from ..rng import Source
 
 
 class RegressionOptions(Part):
-    pairs: PairOptions = PairOptions()
-    distance: Literal["huber", "l2", "l1"] = "huber"
+    pairs: PairOptions = Field(PairOptions(), description="what is regressed on")
+    distance: Literal["huber", "l2", "l1"] = Field(
+        "huber", description="huber is of the whole sample, the others means"
+    )
     huber_c: float = Field(0.24, ge=0, description="below this length of the whole image's error, quadratic")
     start: float | None = Field(None, gt=0, description="time of the single step; None: the path's end")
 

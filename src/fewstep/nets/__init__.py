@@ -12,7 +12,19 @@ from .heads import FeatureHead
 from .mlp import MLP, MLPConfig
 from .unet import UNet, UNetConfig
 
-__all__ = ["MLP", "DiT", "DiTConfig", "FeatureHead", "MLPConfig", "Net", "NetConfig", "UNet", "UNetConfig", "build", "config_of"]
+__all__ = [
+    "MLP",
+    "DiT",
+    "DiTConfig",
+    "FeatureHead",
+    "MLPConfig",
+    "Net",
+    "NetConfig",
+    "UNet",
+    "UNetConfig",
+    "build",
+    "config_of",
+]
 
 AnyConfig = Annotated[UNetConfig | MLPConfig | DiTConfig, Field(discriminator="kind")]
 

@@ -31,7 +31,7 @@ class Net(nn.Module):
     reads_s: bool = False
 
     def null(self, cond: Cond) -> Cond:
-        """"No condition" for every row of a condition; ValueError for a network without labels."""
+        """ "No condition" for every row of a condition; ValueError for a network without labels."""
         classes = getattr(self.config, "classes", None)
         if classes is None or not isinstance(cond, Tensor):
             raise ValueError("this network has no labels, so it has no negative condition to guide against")

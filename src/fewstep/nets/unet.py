@@ -43,7 +43,9 @@ class UNetConfig(NetConfig):
                 raise ValueError(f"width {self.widths[level]} is not a multiple of head_width = {self.head_width}")
         least = self.patch * 2 ** (len(self.widths) - 1)
         if any(side % least for side in self.shape[1:]):
-            raise ValueError(f"a picture of {self.shape[1]}x{self.shape[2]} cannot be halved to {len(self.widths)} levels")
+            raise ValueError(
+                f"a picture of {self.shape[1]}x{self.shape[2]} cannot be halved to {len(self.widths)} levels"
+            )
         return self
 
     def to_diffusers(self) -> dict[str, Any]:

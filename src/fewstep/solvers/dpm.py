@@ -25,9 +25,7 @@ class DPM2M(Solver):
 
     order: ClassVar[int] = 2
 
-    def step(
-        self, model: Any, x: Tensor, i: int, state: State, cond: Cond, rng: Source | None
-    ) -> tuple[Tensor, State]:
+    def step(self, model: Any, x: Tensor, i: int, state: State, cond: Cond, rng: Source | None) -> tuple[Tensor, State]:
         stage = state.stages[i]
         guess = model(x, stage.t, cond, "x0")
         keep = stage.sigma_s / stage.sigma_t

@@ -22,9 +22,7 @@ class Euler(Solver):
 
     order: ClassVar[int] = 1
 
-    def step(
-        self, model: Any, x: Tensor, i: int, state: State, cond: Cond, rng: Source | None
-    ) -> tuple[Tensor, State]:
+    def step(self, model: Any, x: Tensor, i: int, state: State, cond: Cond, rng: Source | None) -> tuple[Tensor, State]:
         stage = state.stages[i]
         slope = model(x, stage.t, cond, state.path.slope)
         keep, move = stage.scale_s / stage.scale_t, stage.scale_s * (stage.tau_s - stage.tau_t)
@@ -41,9 +39,7 @@ class Heun(Solver):
 
     order: ClassVar[int] = 2
 
-    def step(
-        self, model: Any, x: Tensor, i: int, state: State, cond: Cond, rng: Source | None
-    ) -> tuple[Tensor, State]:
+    def step(self, model: Any, x: Tensor, i: int, state: State, cond: Cond, rng: Source | None) -> tuple[Tensor, State]:
         stage = state.stages[i]
         keep, move = stage.scale_s / stage.scale_t, stage.scale_s * (stage.tau_s - stage.tau_t)
         slope = model(x, stage.t, cond, state.path.slope)

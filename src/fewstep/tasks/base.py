@@ -59,7 +59,7 @@ class Task(ABC):
         """Held-out samples: the reference that students are measured against. Nothing learns from them."""
 
     def null(self, cond: Cond) -> Cond:
-        """"No condition" for every row of a condition: the label one past the last."""
+        """ "No condition" for every row of a condition: the label one past the last."""
         if isinstance(cond, Tensor) and self.classes is not None:
             return torch.full_like(cond, self.classes)
         return cond

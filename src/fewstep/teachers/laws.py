@@ -102,9 +102,7 @@ class Law(Denoiser):
     def _back(self, rotated: Tensor) -> Tensor:
         return rotated if self.basis is None else torch.einsum("kij,bkj->bki", self.basis.to(rotated), rotated)
 
-    def forward(
-        self, x: Tensor, t: Time, cond: Cond = None, want: str = "x0", s: Time | None = None
-    ) -> Any:
+    def forward(self, x: Tensor, t: Time, cond: Cond = None, want: str = "x0", s: Time | None = None) -> Any:
         if want in ("features", "both"):
             raise ValueError("an exact law has no features")
         alpha, _, offset, spread, log_joint = self._parts(x, t, cond)
@@ -252,9 +250,7 @@ class FiniteSet(Law):
         even = torch.ones(len(atoms)) if weights is None else weights
         super().__init__(even, atoms, torch.zeros(len(atoms), 1), labels=labels, path=path)
 
-    def forward(
-        self, x: Tensor, t: Time, cond: Cond = None, want: str = "x0", s: Time | None = None
-    ) -> Any:
+    def forward(self, x: Tensor, t: Time, cond: Cond = None, want: str = "x0", s: Time | None = None) -> Any:
         if want in ("features", "both"):
             raise ValueError("an exact law has no features")
         flat = x.flatten(1)

@@ -46,7 +46,7 @@ class Pairs:
         steps = solver.steps_for(options.nfe)
         if steps is None:
             raise ValueError(f"{options.solver} cannot make exactly {options.nfe} calls: take {options.nfe + 1}")
-        times = grid(teacher.path, steps, options.grid)  # type: ignore[arg-type]
+        times = grid(teacher.path, steps, options.grid)
         facts = {
             "teacher": teacher_hash,
             "options": options.model_dump(),

@@ -82,7 +82,9 @@ class Prober:
     @staticmethod
     def _facts(x: Tensor) -> tuple[float, float, float]:
         flat = x.flatten(1)
-        fine = (x[..., ::2, ::2] - x[..., 1::2, ::2] - x[..., ::2, 1::2] + x[..., 1::2, 1::2]).square() if (
-            x.ndim == 4 and x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0
-        ) else flat.square()
+        fine = (
+            (x[..., ::2, ::2] - x[..., 1::2, ::2] - x[..., ::2, 1::2] + x[..., 1::2, 1::2]).square()
+            if (x.ndim == 4 and x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0)
+            else flat.square()
+        )
         return float(torch.pdist(flat).mean()), float(flat.std()), float(fine.mean())

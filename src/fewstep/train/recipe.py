@@ -31,7 +31,9 @@ class TaskSection(Part):
 class TeacherSection(Part):
     """Who is imitated."""
 
-    source: str = Field(description="a packaged name, a diffusers folder, 'law' for a task's exact law, or a student folder")
+    source: str = Field(
+        description="a packaged name, a diffusers folder, 'law' for a task's exact law, or a student folder"
+    )
     guidance: float = Field(1.0, ge=0, description="guidance baked into pairs and trajectories")
 
 
@@ -73,7 +75,9 @@ class Schedule(Part):
 
     warmup: float = Field(0.0, ge=0, le=1, description="share of the steps that rise from 0")
     flat: float = Field(0.5, ge=0, le=1, description="share of the steps, counted from the start, before the fall")
-    kind: Literal["cosine", "linear", "constant"] = Field("cosine", description="how it falls to 0; constant: it does not")
+    kind: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="how it falls to 0; constant: it does not"
+    )
 
 
 class OptimSection(Optim):
@@ -120,7 +124,9 @@ class EvaluateSection(Part):
     """The evaluation at the end."""
 
     enabled: bool = True
-    protocol: dict[str, Any] = Field(default_factory=dict, description="changes to the protocol; then scores do not compare")
+    protocol: dict[str, Any] = Field(
+        default_factory=dict, description="changes to the protocol; then scores do not compare"
+    )
 
 
 class LogSection(Part):
@@ -193,7 +199,9 @@ class Recipe(Part):
     @property
     def sha256(self) -> str:
         """Of everything that changes the result."""
-        plain = self.model_dump(mode="json", exclude={"expect", "papers", "name", "licence", "log", "checkpoint", "evaluate"})
+        plain = self.model_dump(
+            mode="json", exclude={"expect", "papers", "name", "licence", "log", "checkpoint", "evaluate"}
+        )
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 

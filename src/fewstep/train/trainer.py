@@ -370,7 +370,9 @@ class Trainer:
                 continue
             tensors, facts = found
             if facts["recipe"] != self.recipe.sha256:
-                raise Failed(f"the recipe changed since {folder}: resume with the recipe of the run, or take a new --out")
+                raise Failed(
+                    f"the recipe changed since {folder}: resume with the recipe of the run, or take a new --out"
+                )
             own = learned(method)
             with torch.no_grad():
                 for key, value in own.items():

@@ -108,7 +108,7 @@ def rollout(student: Student, noise: Tensor, cond: Cond, rng: Source, grad: bool
 class GanOptions(Part):
     """An adversary on intermediate features. Weights are per element: losses are means."""
 
-    student: float = Field(0.03, ge=0, description="weight in the student's loss; 0 without divergence turns it off")
+    student: float = Field(0.03, ge=0, description="weight in the student's loss")
     critic: float = Field(0.1, ge=0, description="weight in the critic's loss")
     on: Literal["critic", "teacher"] = Field("critic", description="whose features the head reads")
     taps: int = Field(1, ge=1, description="how many layers are read")
