@@ -24,7 +24,7 @@ help:  ## this list
 demo: $(VENV)/.standard  ## distil the packaged digits teacher into a one-step student: a table and a report (minutes)
 	$(BIN)/fewstep distill digits $(ARGS)
 
-test: lint docs examples  ## lint, types, docs examples, tests with coverage
+test: lint docs  ## lint, types, docs examples, tests with coverage
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=term $(ARGS)
 
 lint: $(VENV)/.dev  ## ruff and mypy

@@ -584,7 +584,8 @@ def scores_of(report: Mapping[str, Any], training: Mapping[str, Any] | None = No
 
     Of the student's first row (of the teacher's full row where there is no student) its columns; besides,
     ``over_floor``: the teacher's full Fréchet distance over the floor; ``best_over_floor``: its best at
-    up to 8 calls; against an exact law ``sliced_w2`` and its like; ``over_teacher``, ``over_four_calls``: the student over the teacher there;
+    up to 8 calls; against an exact law ``sliced_w2`` and its like; ``over_teacher``, ``over_four_calls``: the
+    student over the teacher there;
     ``speedup``: of throughput against the full teacher; ``seconds``: of training, pairs included.
     """
     rows: list[Mapping[str, Any]] = list(report["rows"])
