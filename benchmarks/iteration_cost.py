@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fewstep.denoiser import Denoiser, Reframed, Wrapped
@@ -34,7 +35,6 @@ from fewstep.methods.meanflow import MeanFlow
 from fewstep.methods.regression import Regression
 from fewstep.nets import build
 from fewstep.path import Exploding, Straight
-from fewstep.rng import Rng
 from fewstep.student import Student
 from fewstep.tasks.base import Split, Task
 from fewstep.train.average import Average
@@ -97,7 +97,6 @@ class Bare:
         self.time = 100 * torch.randn(2 * batch, generator=rng)
         self.cond = torch.arange(2 * batch) % 10
         self.count = batch
-        self.optimisers: dict[torch.nn.Module, torch.optim.Optimizer] = {}
 
     def inputs(self, net: Any, rows: int) -> tuple[Tensor, ...]:
         given = (self.x[:rows], self.time[:rows], self.cond[:rows])
@@ -130,10 +129,9 @@ class Bare:
         x, clock, *rest = self.inputs(net, rows)
 
         def work() -> None:
-            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-                torch.func.jvp(
-                    lambda x, clock: net(x, clock, *rest), (x, clock), (torch.ones_like(x), torch.ones_like(clock))
-                )
+            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+                moving = (forward_ad.make_dual(v, torch.ones_like(v)) for v in (x, clock))
+                forward_ad.unpack_dual(net(*moving, *rest))
 
         return work
 
@@ -198,7 +196,7 @@ def cases(batch: int, width: int) -> dict[str, tuple[Work, list[Work], str]]:
     )  # fmt: skip
     straight = Reframed(denoiser(width, reads_s=True), Straight(end=0.95))
     flow = MeanFlow(None, Student(straight, (1, 8, 8)))
-    jumps = _rows_that_jump(flow, batch)
+    jumps = round(flow.options.jumps * batch)  # rows with s < t, on average
     add(
         "meanflow", flow, [bare.learn(network(width, True)), bare.slope(network(width, True), jumps)],
         f"learn + derivative of {jumps} rows",
@@ -214,11 +212,6 @@ def cases(batch: int, width: int) -> dict[str, tuple[Work, list[Work], str]]:
             critic = DMD2(teacher, student_of(teacher), options)
             add("dmd2 critic", critic, [bare.learn(network(width)), bare.look(net)], "learn + forward", "critic")
     return out
-
-
-def _rows_that_jump(method: MeanFlow, batch: int) -> int:
-    """How many rows of a batch have s < t, on average."""
-    return round(method.options.jumps * batch)
 
 
 def seconds(work: Work, repeats: int) -> float:
@@ -266,7 +259,6 @@ def main(argv: list[str] | None = None) -> int:
         options.rounds, options.repeats, options.batch = 1, 1, 8
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    Rng(0)
     rows = []
     print(f"U-Net {options.width}/32 on 8x8, batch {options.batch}; processor time, one thread")
     print(f"{'':28}{'iteration':>12}{'its passes':>12}{'ratio':>8}   passes")
