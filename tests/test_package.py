@@ -50,7 +50,8 @@ from fewstep.tasks import task_named
 law = task_named("mixture").law
 times = torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)
 assert solvers.sample(law, torch.randn(4, 2), times, solvers.Euler()).isfinite().all()
-for line in ("train mixture_flow steps=2 -o run --device cpu", "check run", "sample run -n 2 --steps 2 --device cpu"):
+for line in ("train mixture_flow steps=2 -o run --device cpu", "check run", "sample run -n 2 --steps 2 --device cpu",
+             "check {ROOT / "src/fewstep/assets/digits_teacher"}"):
     assert cli.main([*line.split(), "-q"]) == 0, line
 sys.exit(cli.main(["plan", "digits", "-q"]))
 """

@@ -33,7 +33,7 @@ class Protocol(Part):
     full_nfe: int = Field(35, ge=1, description="calls of the teacher's own sampler")
     neighbours: int = Field(5, ge=1, description="k of precision, recall, density and coverage")
     count: int | None = Field(None, ge=8, description="test samples to measure against; None: all")
-    batch: int = Field(225, ge=1, description="samples in one call of a network")
+    batch: int = Field(512, ge=1, description="samples in one call of a network")
     timing_rounds: int = Field(5, ge=0, description="interleaved rounds that a speed is the median of; 0: no speeds")
     timing_batch: int = Field(256, ge=1, description="samples in one timed call")
 

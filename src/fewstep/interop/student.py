@@ -510,7 +510,8 @@ def _export(folder: File, student: Student, labels: Tensor | None) -> str:
 def check_student(folder: File | str, *, run_program: bool = False, timeout: float = 900) -> Check:
     """Run a model folder's golden sample in a fresh process that never imports this package.
 
-    Folders of networks that no stock pipeline runs are compared in this process, from their safetensors; their
+    Folders of networks that no stock pipeline runs are compared in this process, from their safetensors, and so are
+    stock ones of a network that the contract describes where diffusers is not installed; an
     exported program can hold code, so it runs only with ``run_program``, for folders that you made yourself.
     Refused where the folder or its contract is malformed; a sample that differs is a Check that is not ok.
     """
@@ -523,9 +524,12 @@ def _checked(folder: File, run_program: bool = False, timeout: float = 900) -> C
         kind, _ = components(folder)
         if kind != contract.pipeline:
             raise Refused(f"{folder}: model_index.json says {kind}, fewstep.json says {contract.pipeline}")
-        _need_diffusers()
+        stock = importlib.util.find_spec("diffusers") is not None
+        if not stock and contract.network is None:
+            _need_diffusers()
     else:
         scan(folder)
+        stock = False
     golden, facts = read_golden(folder)
     if facts["pipeline"] != contract.pipeline:
         raise Refused(f"{folder}: the golden sample is of {facts['pipeline']}, the contract of {contract.pipeline}")
@@ -534,14 +538,16 @@ def _checked(folder: File, run_program: bool = False, timeout: float = 900) -> C
             raise Refused(f"{folder}: golden sample and contract disagree about the call for {one.count} steps")
     errors: dict[int, float] = {}
     messages: list[str] = []
-    if contract.pipeline is None:
+    if not stock:
         net, _ = own_network(folder, contract)
         labels = golden.get("labels")
         student = contract.student(net) if contract.role == "student" else _one_step(contract, net)
         errors |= _errors(student, golden, labels, int(facts["seed"]))
-        if facts["calls"] and not run_program:
+        if contract.pipeline is not None:
+            messages.append("diffusers is not installed: the network was run by fewstep, not by the stock pipeline")
+        elif facts["calls"] and not run_program:
             messages.append("the exported program was not run: it can hold code, ask for it for folders of your own")
-    if contract.pipeline is not None or (facts["calls"] and run_program):
+    if stock or (contract.pipeline is None and facts["calls"] and run_program):
         found, message = _fresh_process(folder, timeout)
         if message:
             return Check(False, float("inf"), (), (message,))
