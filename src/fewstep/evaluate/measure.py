@@ -381,6 +381,7 @@ class Stage:
         }
         kept = _kept(cache, hashes, self.seed) if teacher is not None else None
         known = _recall(kept)
+        self.recalled = known is not None
         per = self.count
         work = per * p.noise_seeds * sum(c.nfe for c in asked)
         if full is not None and known is None:
@@ -486,12 +487,19 @@ class Stage:
                 self.pictures[candidate.title] = self.task.finish(drawn.samples)
 
     def _notes(self) -> tuple[str, ...]:
+        notes = []
         if len(self.train) and len(self.train) < 0.9 * self.count and self.task.law is None:
-            return (
+            notes.append(
                 f"The floor compares {len(self.train)} training samples with {self.count} test samples: fewer than the "
-                "students give, so that it is somewhat high.",
+                "students give, so that it is somewhat high."
             )
-        return ()
+        if self.recalled:
+            notes.append(
+                "The teacher's figures, all but its speeds, were measured earlier under this very protocol, on this very "
+                "data and for these very weights (by their hashes); a recipe measures them again with "
+                "evaluate.fresh=true."
+            )
+        return tuple(notes)
 
 
 def trials(teacher: Denoiser, protocol: Protocol) -> list[Candidate]:

@@ -124,6 +124,9 @@ class EvaluateSection(Part):
     """The evaluation at the end."""
 
     enabled: bool = True
+    fresh: bool = Field(
+        False, description="measure a packaged teacher again, instead of taking the figures that came with it"
+    )
     protocol: dict[str, Any] = Field(
         default_factory=dict, description="changes to the protocol; then scores do not compare"
     )
