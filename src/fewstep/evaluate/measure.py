@@ -495,8 +495,8 @@ class Stage:
             )
         if self.recalled:
             notes.append(
-                "The teacher's figures, all but its speeds, were measured earlier under this very protocol, on this very "
-                "data and for these very weights (by their hashes); a recipe measures them again with "
+                "The teacher's figures, all but its speeds, were measured earlier under this very protocol, on this "
+                "very data and for these very weights (by their hashes); a recipe measures them again with "
                 "evaluate.fresh=true."
             )
         return tuple(notes)
