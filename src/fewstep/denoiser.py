@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .cond import Cond, join
-from .path import Path, Time, column, rows_of
+from .path import Coefs, Path, Time, column, rows_of
 
 Features = list[Tensor]
 Clock = Literal["t", "999t", "1000t", "index", "log_sigma/4", "250 log_sigma"]
@@ -94,17 +94,21 @@ class Wrapped(Denoiser):
 
     def forward(self, x: Tensor, t: Time, cond: Cond = None, want: str = "x0", s: Time | None = None) -> Any:
         if want == "features":
+            coefs = self.path.at(t, x) if self.scale_input else None
             with tapped(self.net, self.taps, stop=True) as features:
                 try:
-                    self._call(x, t, cond, s)
+                    self._call(x, t, cond, s, coefs)
                 except _Enough:
                     pass
             return features
+        guess = "x0" if want == "both" else want
+        plain = self.prediction == guess and not self.scale_input
+        coefs = None if plain else self.path.at(t, x)  # once for the way in and the way out
         if want == "both":
             with tapped(self.net, self.taps) as features:
-                guess = self._read(self._call(x, t, cond, s), x, t, "x0")
-            return guess, features
-        return self._read(self._call(x, t, cond, s), x, t, want)
+                value = self._call(x, t, cond, s, coefs)
+            return self._read(value, x, t, guess, coefs), features
+        return self._read(self._call(x, t, cond, s, coefs), x, t, guess, coefs)
 
     def null(self, cond: Cond) -> Cond:
         give = getattr(self.net, "null", None)
@@ -113,26 +117,26 @@ class Wrapped(Denoiser):
         negative: Cond = give(cond)
         return negative
 
-    def _call(self, x: Tensor, t: Time, cond: Cond, s: Time | None) -> Tensor:
+    def _call(self, x: Tensor, t: Time, cond: Cond, s: Time | None, coefs: Coefs | None) -> Tensor:
         times = rows_of(t, x)
         entry = x
-        if self.scale_input:
-            alpha, sigma, _, _ = self.path.at(t, x)
-            entry = (x / torch.sqrt(alpha**2 * self.data_std**2 + sigma**2)).to(x.dtype)
+        if self.scale_input and coefs is not None:
+            entry = (x / torch.sqrt(coefs.alpha**2 * self.data_std**2 + coefs.sigma**2)).to(x.dtype)
         clock = clock_of(self.clock, self.path, times)
         if s is None or not getattr(self.net, "reads_s", False):
             return self.net(entry, clock, cond)
         span = self.path.straight(times) - self.path.straight(rows_of(s, x))
         return self.net(entry, clock, cond, span.to(times))
 
-    def _read(self, value: Tensor, x: Tensor, t: Time, want: str) -> Tensor:
-        if self.prediction not in ("edm", "cm"):
-            return self.path.convert(value, x, t, self.prediction, want)
-        sigma, sd = self.path.at(t, x).sigma, self.data_std
+    def _read(self, value: Tensor, x: Tensor, t: Time, want: str, coefs: Coefs | None) -> Tensor:
+        if self.prediction not in ("edm", "cm") or coefs is None:
+            return self.path.convert(value, x, t, self.prediction, want, coefs)
+        sigma, sd = coefs.sigma, self.data_std
         low = self.boundary if self.prediction == "cm" else 0.0
-        skip = sd**2 / ((sigma - low) ** 2 + sd**2)
-        out = (sigma - low) * sd / torch.sqrt(sigma**2 + sd**2)
-        return self.path.convert((skip * x + out * value).to(x.dtype), x, t, "x0", want)
+        away = sigma - low
+        skip = sd**2 / (away**2 + sd**2)
+        out = away * sd / torch.sqrt(sigma**2 + sd**2)
+        return self.path.convert((skip * x + out * value).to(x.dtype), x, t, "x0", want, coefs)
 
 
 class _Around(Denoiser):
@@ -239,7 +243,7 @@ class Reframed(_Around):
         answer = self.inner(moved, there, cond, want if want in ("features", "both") else "x0", later)
         if want in ("features", "both", "x0"):
             return answer
-        return self.path.convert(answer, x, t, "x0", want)
+        return self.path.convert(answer, x, t, "x0", want, here)
 
     def match(self, t: Time, like: Tensor) -> Time:
         """The inner path's time with the same ratio of noise to signal."""

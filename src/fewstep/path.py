@@ -139,12 +139,15 @@ class Path(Part, ABC):
                 return 0.0, -1.0 / sigma
         raise ValueError(f"unknown prediction {name!r}: one of {', '.join(PREDICTIONS)}")
 
-    def convert(self, value: Tensor, x_t: Tensor, t: Time, given: str, want: str) -> Tensor:
+    def convert(
+        self, value: Tensor, x_t: Tensor, t: Time, given: str, want: str, coefs: Coefs | None = None
+    ) -> Tensor:
         """Read one prediction as another.
 
         A prediction is a pair (a, b) standing for a x0 + b eps. Together with
         x_t = alpha x0 + sigma eps it fixes x0 and eps, unless the two are parallel
-        (noise read at a level without signal, say): then a float time raises ValueError.
+        (noise read at a level without signal, say): then a float time raises ValueError. ``coefs`` is
+        ``at(t, x_t)``, where the caller has it already.
 
         >>> path = Straight()
         >>> x_t, x0 = torch.tensor([[1.0]]), torch.tensor([[0.0]])
@@ -153,7 +156,7 @@ class Path(Part, ABC):
         """
         if given == want:
             return value
-        coefs = self.at(t, x_t)
+        coefs = self.at(t, x_t) if coefs is None else coefs
         (a, b), (c, d) = self.pair(given, coefs), self.pair(want, coefs)
         det = coefs.alpha * b - coefs.sigma * a
         if det.ndim == 0 and det.device.type == "cpu" and (det.abs() < 1e-14 or not det.isfinite()):

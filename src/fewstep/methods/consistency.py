@@ -71,6 +71,7 @@ class Consistency(Method):
         if self.options.mode == "distillation" and teacher is None:
             raise ValueError("consistency distillation needs a teacher; mode = 'training' does without")
         self.target = frozen(trainable_copy(student)) if self.options.target_decay > 0 else None
+        self._made: tuple[tuple[int, torch.device], tuple[Tensor, Tensor, Tensor]] | None = None
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
@@ -92,12 +93,21 @@ class Consistency(Method):
         mass = torch.erf(edge[1:]) - torch.erf(edge[:-1])
         return times, mass / mass.sum()
 
+    def _table(self, path: Path, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """The levels, the cumulated probability of their pairs, the gap of each pair in sigma: until they double."""
+        key = (self.count, device)
+        if self._made is None or self._made[0] != key:
+            times, mass = self.levels(path)
+            gaps = self._ratio(path, times).diff()
+            self._made = (key, (times.to(device), mass.cumsum(0).to(device), gaps.to(device)))
+        return self._made[1]
+
     def loss(self, player: str, batch: Batch, rng: Source) -> Loss:
         path, options, x0 = self.student.path, self.options, batch.data
-        times, mass = self.levels(path)
-        pick = torch.searchsorted(mass.cumsum(0).to(x0.device), uniform(x0, rng).double()).clamp(max=len(mass) - 1)
+        times, share, gaps = self._table(path, x0.device)
+        pick = torch.searchsorted(share, uniform(x0, rng).double()).clamp(max=len(gaps) - 1)
         dtype = torch.promote_types(x0.dtype, torch.float32)
-        s, t = (times.to(x0.device)[pick + i].to(dtype) for i in (0, 1))
+        s, t = times[pick].to(dtype), times[pick + 1].to(dtype)
         x_t = path.corrupt(x0, t, batch.noise)
         with torch.no_grad():
             x_s = path.corrupt(x0, s, batch.noise) if options.mode == "training" else self._follow(x_t, t, s, batch)
@@ -109,7 +119,7 @@ class Consistency(Method):
         c = ict_c(x0[0].numel()) if options.huber_c is None else options.huber_c
         error = pseudo_huber(guess, aim, c) if options.distance == "huber" else squared_error(guess, aim)
         if options.weight == "inverse_gap":
-            error = error / (self._ratio(path, t) - self._ratio(path, s)).to(error)
+            error = error / gaps[pick].to(error)
         return Loss.mean({"consistency": error})
 
     @staticmethod
