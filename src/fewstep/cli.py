@@ -429,7 +429,8 @@ def distill(
     set_threads(threads)
     with screen, _resumable("distill", run):
         report = jobs.distill(recipe, run, resume=resume, device=place, watch=screen)
-    screen.result({"run": run, **report}, report_text(report, run / "report" / "index.html"))
+    page = run / "report" / "index.html"
+    screen.result({"run": run, **report}, report_text(report, page if page.is_file() else None) or f"run: {run}")
 
 
 @command
