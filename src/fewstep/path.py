@@ -139,9 +139,7 @@ class Path(Part, ABC):
                 return 0.0, -1.0 / sigma
         raise ValueError(f"unknown prediction {name!r}: one of {', '.join(PREDICTIONS)}")
 
-    def convert(
-        self, value: Tensor, x_t: Tensor, t: Time, given: str, want: str, coefs: Coefs | None = None
-    ) -> Tensor:
+    def convert(self, value: Tensor, x_t: Tensor, t: Time, given: str, want: str, coefs: Coefs | None = None) -> Tensor:
         """Read one prediction as another.
 
         A prediction is a pair (a, b) standing for a x0 + b eps. Together with
