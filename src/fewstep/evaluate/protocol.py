@@ -35,7 +35,7 @@ class Protocol(Part):
     count: int | None = Field(None, ge=8, description="test samples to measure against; None: all")
     batch: int = Field(512, ge=1, description="samples in one call of a network")
     timing_rounds: int = Field(5, ge=0, description="interleaved rounds that a speed is the median of; 0: no speeds")
-    timing_batch: int = Field(256, ge=1, description="samples in one timed call")
+    timing_batch: int = Field(512, ge=1, description="samples in one timed call")
 
     @property
     def hash(self) -> str:
