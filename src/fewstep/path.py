@@ -271,6 +271,9 @@ class Exploding(_NoiseFrame):
         one = torch.ones_like(t)
         return Coefs(one, t, torch.zeros_like(t), one)
 
+    def lam(self, t: Time) -> Tensor:
+        return -torch.log(as_tensor(t))  # alpha is 1
+
     def _time(self, lam: Tensor) -> Tensor:
         return torch.exp(-lam)
 
