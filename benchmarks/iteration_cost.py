@@ -7,7 +7,7 @@ average. The right side is bare calls of the same networks on ready tensors: for
 ``torch.optim.AdamW(fused=True)``, plus the forward passes and directional derivatives that the method needs.
 Both are timed in turns inside one run, in processor time on one thread, and compared round by round: the ratio
 is the median over rounds. ``least`` compares the fastest of each side: on a busy machine it is what the code
-costs, where the median is also what its neighbours do. At most 1.1 is the bar; above it in both is a failure.
+costs, where the median is also what its neighbours do. A median above 1.1 is a failure.
 """
 
 from __future__ import annotations
