@@ -14,6 +14,7 @@ import torch
 
 from fewstep import jobs
 from fewstep.errors import Failed, Interrupted, Refused
+from fewstep.train.build import make_student
 from fewstep.train.pairs import Pairs
 from fewstep.train.recipe import recipe_from
 from fewstep.train.store import load_state
@@ -112,7 +113,7 @@ def test_a_stopped_run_that_goes_on_ends_bit_equal_to_one_that_was_not(method, t
     def fit(run, resume=False, watch=None):
         setting = jobs.prepare(recipe, run, "cpu", Nobody())
         torch.manual_seed(1)
-        method = jobs.game(recipe, setting, jobs.make_student(recipe, setting.task, setting.raw, setting.shape))
+        method = jobs.game(recipe, setting, make_student(recipe, setting.task, setting.raw, setting.shape))
         wanted = method.pairs()
         pairs = Pairs(setting.raw, setting.task, wanted, run, teacher_hash="law") if wanted else None
         return Trainer(recipe, run, watch=watch).fit(method, setting.task, pairs, resume=resume).state_dict()
@@ -200,7 +201,7 @@ def test_an_update_of_four_parts_sees_four_batches(tmp_path):
     recipe = changed(parallel={"accumulate": 4}, steps=3, batch=16, ema={"decay": 0.5}, evaluate={"enabled": False})
     trainer = Trainer(recipe, tmp_path)
     setting = jobs.prepare(recipe, tmp_path, "cpu", Nobody())
-    student = jobs.make_student(recipe, setting.task, setting.raw, setting.shape)
+    student = make_student(recipe, setting.task, setting.raw, setting.shape)
     method = jobs.game(changed(method={"name": "denoising"}, teacher=None), setting, student)
     seen: list[int] = []
     inner = method.loss
