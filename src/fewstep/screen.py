@@ -161,9 +161,8 @@ def report_text(report: dict[str, Any], where: Path | None = None) -> str:
     rows = report.get("rows", [])
     used = [key for key in REPORT if any(row.get(key) is not None for row in rows)]
     lines = [table([REPORT[key] for key in used], [[row.get(key) for key in used] for row in rows])] if rows else []
-    student = next((row for row in rows if row.get("model") == "student"), None)
-    if student and student.get("excess") is not None:
-        than = "better" if student["excess"] < 1 else "worse"
-        best = "the teacher's best sampler at 8 calls or fewer"
-        lines.append(f"\nexcess {student['excess']:.2f}: {than} than {best} (1 = as good)")
+    verdict = report.get("verdict") or {}
+    said = [verdict.get("headline", ""), *verdict.get("points", ())]
+    if said[0]:
+        lines.append("\n" + "\n".join(said))
     return "\n".join([*lines, *([f"report: {where}"] if where else [])])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -81,9 +82,9 @@ def test_facts_are_indented_below_their_name():
     assert lines_of({"a": 1, "b": {"c": 2.0}}).splitlines() == [f"{'a':<24} 1", "b", f"  {'c':<22} 2.000"]
 
 
-def test_the_report_s_headline_says_whether_the_student_is_better():
+def test_the_terminal_ends_with_the_verdict_of_the_page():
     row = {"model": "student", "nfe": 1, "frechet": 0.2, "excess": 0.9}
-    text = report_text({"rows": [row, {"model": "real", "nfe": 0, "frechet": 0.1, "excess": 0.0}]})
-    assert "excess 0.90: better than the teacher's best sampler" in text
-    assert "worse" in report_text({"rows": [row | {"excess": 1.2}]})
-    assert "accuracy" not in text, "a column that no row has is left out"
+    verdict = {"headline": "The student is nearer.", "points": ["32x faster."]}
+    text = report_text({"rows": [row], "verdict": verdict}, Path("report/index.html"))
+    assert text.splitlines()[-3:] == ["The student is nearer.", "32x faster.", "report: report/index.html"]
+    assert "nearer" not in report_text({"rows": [row]})
