@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .processes import local
 from .recipe import Optim
 
 OPTIMISERS: dict[str, type[torch.optim.Optimizer]] = {
@@ -21,7 +22,8 @@ class Player:
 
     def __init__(self, module: nn.Module, settings: Optim) -> None:
         self.module, self.settings = module, settings
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.leaves = [p for p in module.parameters() if p.requires_grad]
+        self.parameters = [local(p) for p in self.leaves]  # of a sharded network, the part of this process
         if not self.parameters:
             raise ValueError("a player without parameters cannot learn")
         fused = {} if settings.kind == "radam" else {"fused": True}
@@ -32,16 +34,18 @@ class Player:
         self.can_skip = bool(fused)
 
     def learns(self, yes: bool) -> None:
-        for parameter in self.parameters:
+        for parameter in self.leaves:
             parameter.requires_grad_(yes)
 
-    def update(self, share: float) -> tuple[Tensor, Tensor]:
+    def update(self, share: float, norm: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """One optimiser step at ``share`` of the learning rate: (gradient norm, 1 where it was skipped).
 
         A gradient that is not finite changes nothing: the fused step is told so without a device sync.
+        ``norm`` is that of all processes, where each has a part of the parameters.
         """
-        grads = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads, foreach=True)
+        if norm is None:
+            grads = [p.grad for p in self.parameters if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(grads, foreach=True)
         bad = (~norm.isfinite()).float()
         if self.settings.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.settings.clip, norm, foreach=True)
