@@ -19,7 +19,7 @@ import copy
 import os
 import pickle
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -71,6 +71,20 @@ def launched() -> int:
     """How many processes a launcher says there are."""
     size = os.environ.get("WORLD_SIZE", "1")
     return int(size) if size.isdigit() and "RANK" in os.environ else 1
+
+
+def again(command: str) -> str:
+    """The command line that starts a command in as many processes as there are now.
+
+    >>> again("sample runs/digits")
+    'fewstep sample runs/digits'
+    """
+    size = world().size
+    if size == 1:
+        return f"fewstep {command}"
+    each = os.environ.get("LOCAL_WORLD_SIZE", str(size))
+    nodes = "" if each == str(size) else f"--nnodes {size // int(each)} ... "
+    return f"torchrun {nodes}--nproc-per-node {each} -m fewstep {command}"
 
 
 def world(device: torch.device | str = "cpu") -> World:
@@ -180,6 +194,14 @@ def alone(work: Callable[[], T]) -> T:
     return result
 
 
+def after_first(work: Callable[[], T]) -> T:
+    """All do the same work, the others once the first is done: they find in a cache what it left there."""
+    here = world()
+    found = work() if here.first else None
+    alone(lambda: None)
+    return work() if found is None else found
+
+
 def agree(flag: bool) -> bool:
     """Whether any process says yes; the same answer everywhere."""
     if world().size == 1:
@@ -199,6 +221,15 @@ def gather(item: T) -> list[T]:
     return found
 
 
+def in_turn(parts: Sequence[Sequence[T]]) -> list[T]:
+    """The list of which every process had its part (``World.mine``).
+
+    >>> in_turn([[0, 2, 4], [1, 3]])
+    [0, 1, 2, 3, 4]
+    """
+    return [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)]
+
+
 def add_up(value: Tensor) -> Tensor:
     """The sum over processes, in place of the value."""
     if world().size > 1:
@@ -207,7 +238,8 @@ def add_up(value: Tensor) -> Tensor:
 
 
 class _WeightedMean(torch.autograd.Function):
-    """``sum of share x mean`` over processes, and the derivative that makes the mean of their gradients right."""
+    """``sum of share x mean`` over processes; its derivative is right once gradients are averaged over processes
+    whose losses counted for ``size x share``."""
 
     @staticmethod
     def forward(ctx: Any, mean: Tensor, share: float) -> Tensor:
@@ -216,7 +248,7 @@ class _WeightedMean(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *slope: Tensor) -> tuple[Tensor, None]:
-        return add_up(slope[0] * ctx.share), None
+        return add_up(slope[0].clone()) * ctx.share, None
 
 
 def mean_over(share: float) -> Callable[[Tensor], Tensor]:
@@ -229,13 +261,14 @@ def mean_over(share: float) -> Callable[[Tensor], Tensor]:
     return reduce
 
 
-def add_gradients(parameters: Sequence[Tensor]) -> None:
-    """Replace every gradient by its sum over processes, in one flat buffer of each type.
+def mean_gradients(parameters: Sequence[Tensor]) -> None:
+    """Replace every gradient by its mean over processes, in one flat buffer of each type.
 
     A gradient that this process has not counts as 0; one that no process has stays away, so that an optimiser
     treats it as it would alone. All processes name the same parameters.
     """
-    if world().size == 1 or not parameters:
+    size = world().size
+    if size == 1 or not parameters:
         return
     there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
     torch.distributed.all_reduce(there, torch.distributed.ReduceOp.MAX)
@@ -246,15 +279,20 @@ def add_gradients(parameters: Sequence[Tensor]) -> None:
                 parameter.grad = torch.zeros_like(parameter)
             groups.setdefault(parameter.grad.dtype, []).append(parameter.grad)
     for gradients in groups.values():
-        flat = add_up(torch.cat([g.flatten() for g in gradients]))
+        flat = add_up(torch.cat([g.flatten() for g in gradients])).div_(size)
         parts = flat.split([g.numel() for g in gradients])
         torch._foreach_copy_(gradients, [part.view(g.shape) for part, g in zip(parts, gradients, strict=True)])
 
 
-def same_everywhere(what: str, fact: str) -> None:
-    """Failed, on every process, where they do not hold the same; a run would hang or drift."""
-    if len(set(gather(fact))) > 1:
-        raise Failed(f"the processes of this run differ in {what}: give all of them the same files and versions")
+def begin_alike(tensors: Mapping[str, Tensor]) -> None:
+    """Give every process the first one's values. Failed, everywhere, where names or shapes differ: it would hang."""
+    if world().size == 1:
+        return
+    if len({repr(said) for said in gather([(k, tuple(v.shape), str(v.dtype)) for k, v in tensors.items()])}) > 1:
+        raise Failed("the processes of this run hold different networks: give all of them the same files and versions")
+    with torch.no_grad():
+        for value in tensors.values():
+            torch.distributed.broadcast(local(value), 0)
 
 
 # Sharding
@@ -269,13 +307,12 @@ def local(tensor: Tensor) -> Tensor:
     return part.detach()
 
 
-def rows_of(tensor: Tensor) -> tuple[int, int] | None:
-    """(first row, rows in all) of this process's part of a sharded tensor; None for a whole one."""
+def first_row(tensor: Tensor) -> int | None:
+    """Where this process's part of a sharded tensor begins; None for a whole one."""
     if not hasattr(tensor, "to_local"):
         return None
     here, total = world(), tensor.shape[0]
-    each = -(-total // here.size)  # as torch.chunk cuts
-    return min(here.rank * each, total), total
+    return min(here.rank * -(-total // here.size), total)  # as torch.chunk cuts
 
 
 def whole(tensor: Tensor) -> Tensor:
