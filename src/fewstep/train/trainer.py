@@ -323,7 +323,7 @@ class Trainer:
         good = newest(self.run / "checkpoints")
         if good is None:
             return f"{problem}; no checkpoint was written yet"
-        return f"{problem}; {good.name} is whole: mend it, then {self.resume_line or 'resume'}"
+        return f"{problem}; {good.name} is whole: make room, then {self.resume_line or 'resume'}"
 
     def _open_log(self, first: int) -> Any:
         """The log, without lines beyond where a resumed run goes on; only the first process writes one."""
