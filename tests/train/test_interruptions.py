@@ -8,9 +8,11 @@ import signal
 
 import pytest
 import torch
-from test_processes import run_crew
+from crew import Stopper, recipe_of, run_crew
 
-from fewstep.errors import Failed
+from fewstep import jobs
+from fewstep.errors import Failed, Interrupted, Refused
+from fewstep.jobs.training import _checkpointed
 from fewstep.train.store import load_state, open_state, save_state, sweep, whole_folder
 
 
@@ -68,6 +70,20 @@ def test_an_error_in_one_process_ends_all_and_none_hangs(crews):
     assert crews["bad_days"]["one_fails"] == [1, 1]
     first, second = crews["bad_days"]["one_fails_lines"]
     assert "another process of this run ended" in first and "the disk of process 1 is gone" in second
+
+
+def test_a_stopped_run_gives_out_the_averaged_student_of_its_last_checkpoint(tmp_path):
+    recipe = recipe_of("denoising")
+    with pytest.raises(Interrupted):
+        jobs.train(recipe, tmp_path / "run", watch=Stopper(4))
+    found, _, student, spent = _checkpointed(tmp_path / "run")
+    tensors, facts = load_state(tmp_path / "run" / "checkpoints" / "stage_0_step_00000004")
+    assert found.sha256 == recipe.sha256 and spent["steps"] == [facts["step"]] == [4]
+    for name, value in student.named_parameters():
+        assert torch.equal(value, tensors[f"ema/{name}"])
+        assert not torch.equal(value, tensors[f"method/student.{name}"])
+    with pytest.raises(Refused, match="neither a model nor a whole checkpoint"):
+        jobs.unfinished(tmp_path)
 
 
 # What needs no run

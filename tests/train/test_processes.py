@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from crew import METHODS, run_crew
 
 from fewstep.errors import Refused
 from fewstep.rng import Rng
@@ -17,21 +12,6 @@ from fewstep.tasks import task_named
 from fewstep.train.build import method_options
 from fewstep.train.processes import World, again, alone, gather, launched, world
 from fewstep.train.recipe import recipe_from
-
-METHODS = ("denoising", "regression", "dmd2", "dmd2_weighted", "consistency", "meanflow")
-
-
-def run_crew(folder: Path, *scenarios: str) -> dict:
-    command = [sys.executable, str(Path(__file__).parent / "crew.py"), *scenarios, str(folder)]
-    source = Path(__file__).parents[2] / "src"
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{source}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-    }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {name: json.loads((folder / f"{name}.json").read_text()) for name in scenarios}
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from ..train.pairs import Pairs
 from ..train.processes import after_first, again, alone, world
 from ..train.recipe import Recipe, load_recipe, write_recipe
 from ..train.store import load_state, open_state, save_state, sweep, write_text
-from ..train.trainer import Nobody, Trainer, Watch
+from ..train.trainer import Nobody, Trainer, Watch, newest
 from .setting import Setting, game, prepare
 
 
@@ -146,6 +146,37 @@ def _begin(recipe: Recipe, run: File, resume: bool, device: str, watch: Watch | 
     setting = prepare(recipe, run, place, eyes, resume)
     alone(lambda: _open_run(recipe, run, resume, device))
     return eyes, setting
+
+
+def unfinished(run: File) -> File:
+    """The model folder of a run that was stopped, made from its newest whole checkpoint with the averaged weights.
+
+    A finished run has one already. Refused where there is nothing to take. Going on with the run replaces it.
+    """
+    for name in ("student", "teacher"):
+        if (run / name / "fewstep.json").is_file():
+            return run / name
+    recipe, setting, student, spent = _checkpointed(run)
+    return _save(recipe, run, setting, student, spent, None, Nobody())
+
+
+def _checkpointed(run: File) -> tuple[Recipe, Setting, Student, dict[str, Any]]:
+    """A stopped run's recipe and setting, its student with the averaged weights, and what it cost so far."""
+    place = newest(run / "checkpoints")
+    found = None if place is None else load_state(place)
+    if found is None or not (run / "recipe.toml").is_file():
+        raise Refused(f"{run} holds neither a model nor a whole checkpoint with its recipe.toml")
+    tensors, facts = found
+    recipe = load_recipe(run / "recipe.toml")
+    setting = prepare(recipe, run, "cpu", Nobody(), True)
+    student = make_student(recipe.stage(facts["stage"]), setting.task, setting.raw, setting.shape)
+    with torch.no_grad():
+        for name, value in student.state_dict(keep_vars=True).items():
+            kept = tensors.get(f"ema/{name}", tensors.get(f"method/student.{name}"))
+            if kept is not None:  # what a student shares with its teacher is in no checkpoint
+                value.copy_(kept)
+    spent = {"steps": [facts["step"]], "seconds": facts["seconds"], "warnings": []}
+    return recipe, setting, student.eval().requires_grad_(False), spent
 
 
 def train(

@@ -1,7 +1,7 @@
 """Crews of processes, forked from one that has imported everything: seconds, not a minute, for many checks.
 
-Run as ``python crew.py SCENARIO FOLDER``; a fresh interpreter, because a process that has been through a backward
-pass cannot be forked. What a scenario found is FOLDER/SCENARIO.json.
+``run_crew`` starts this file as ``python crew.py SCENARIO... FOLDER``: a fresh interpreter, because a process that has
+been through a backward pass cannot be forked. What a scenario found is FOLDER/SCENARIO.json.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import pickle
 import random
 import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
 from pathlib import Path
 
 import torch
-import torch._dynamo  # optimisers import it; once here, not in every fork
 
 from fewstep import jobs
 from fewstep.errors import Failed, Interrupted
@@ -68,6 +68,18 @@ METHODS = {
 
 def recipe_of(method, **changes):
     return recipe_from({**BASE, "method": METHODS[method], **changes})
+
+
+def run_crew(folder, *scenarios):
+    """What scenarios found, each by its name."""
+    source = Path(__file__).parents[1] / "src"
+    path = f"{source}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    done = subprocess.run(
+        [sys.executable, __file__, *scenarios, str(folder)], capture_output=True, text=True, timeout=1800,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {name: json.loads((folder / f"{name}.json").read_text()) for name in scenarios}
 
 
 # Crews
@@ -450,6 +462,8 @@ SCENARIOS = {
 
 
 if __name__ == "__main__":
+    import torch._dynamo  # optimisers import it; once here, not in every fork
+
     torch.set_num_threads(1)
     *scenarios, place = sys.argv[1:]
     for scenario in scenarios:
