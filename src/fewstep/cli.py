@@ -128,6 +128,7 @@ def _several(command: str) -> Iterator[bool]:
     if os.environ.get("WORLD_SIZE", "1") == "1":
         yield True
     elif command in TOGETHER:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a process that ends is said once, and by us
         from .train.processes import joined
 
         with joined():
