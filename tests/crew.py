@@ -26,7 +26,7 @@ from fewstep.errors import Failed, Interrupted
 from fewstep.jobs.training import _begin, _learn
 from fewstep.train.build import make_student
 from fewstep.train.pairs import Pairs
-from fewstep.train.processes import joined
+from fewstep.train.processes import alone, joined
 from fewstep.train.recipe import recipe_from
 from fewstep.train.store import ASIDE, load_state, open_state
 from fewstep.train.trainer import Nobody, Trainer
@@ -398,6 +398,14 @@ def bad_days(folder):
             raise Failed("the disk of process 1 is gone")
         fit(recipe_of("denoising"), folder / "one_fails")
 
+    def first_fails():
+        def work():
+            raise Failed("the first process cannot write")
+
+        alone(work)
+
+    crew = Crew(2, first_fails, folder / "first")
+    found["first_fails"] = crew.wait()
     crew = Crew(2, one_fails, folder / "fails")
     found["one_fails"] = crew.wait()
     found["one_fails_lines"] = [
@@ -443,6 +451,30 @@ def sampled(folder):
     }
 
 
+def measured(folder):
+    """The same table from one process and from two."""
+    from fewstep.denoiser import Reframed
+    from fewstep.evaluate import Protocol, evaluate
+    from fewstep.tasks import task_named
+
+    recipe = recipe_from({**BASE, "method": METHODS["consistency"]})
+    protocol = Protocol(
+        noise_seeds=2, scout_seeds=1, detail_seeds=1, nfes=(1, 4), full_nfe=9, timing_rounds=1, batch=16
+    )
+
+    def rows():
+        task = task_named("mixture", BASE["task"]["options"])
+        teacher = Reframed(task.law, recipe.student.path)
+        torch.manual_seed(0)
+        student = make_student(recipe, task, teacher, task.shape)
+        report = evaluate(student, teacher, task, protocol, seed=1)
+        return [row.model_dump(mode="json", exclude={"samples_per_s"}) for row in report.rows]
+
+    (one,) = Crew(1, rows, folder / "crew").results()
+    two = Crew(2, rows, folder / "crew").results()
+    return {"same": one == two[0] == two[1], "rows": len(one), "one": one, "two": two[0]}
+
+
 def terminated(folder):
     return killed(folder, signal.SIGTERM, count=int(os.environ.get("FEWSTEP_KILLS", "6")))
 
@@ -457,7 +489,7 @@ def pair_terminated(folder):
 
 SCENARIOS = {
     "equal": equal, "resumed": resumed, "killed": killed, "terminated": terminated, "pair_killed": pair_killed,
-    "pair_terminated": pair_terminated, "bad_days": bad_days, "sampled": sampled,
+    "pair_terminated": pair_terminated, "bad_days": bad_days, "sampled": sampled, "measured": measured,
 }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from fewstep.train.recipe import recipe_from
 
 @pytest.fixture(scope="module")
 def crews(tmp_path_factory):
-    return run_crew(tmp_path_factory.mktemp("crews"), "equal", "resumed", "sampled")
+    return run_crew(tmp_path_factory.mktemp("crews"), "equal", "resumed", "sampled", "measured")
 
 
 @pytest.mark.slow
@@ -49,6 +49,12 @@ def test_a_thousand_samples_are_the_same_files_from_one_two_and_three_processes(
     assert found["count"] == {"1": 1000, "2": 1000, "3": 1000} and found["kinds"] > 900
     assert found["same"], "files differ"
     assert found["fewer"] == 130, "the last chunk is drawn another way"
+
+
+@pytest.mark.slow
+def test_two_processes_measure_the_same_table_as_one(crews):
+    found = crews["measured"]
+    assert found["rows"] >= 4 and found["same"], (found["one"], found["two"])
 
 
 # What needs no second process

@@ -141,8 +141,8 @@ def _last_words(error: BaseException) -> BaseException:
         error = Lost("another process of this run ended, or did not answer")
     try:
         before = int(_store().add(ENDED, 1)) > 1
-    except RuntimeError:  # the first process kept the books, and is gone
-        before = False
+    except RuntimeError:  # the first process kept the books, and is gone: it spoke unless it was killed
+        before = world().rank > 0 and not isinstance(error, Lost)
     error.told = before  # type: ignore[attr-defined]
     return error
 
@@ -186,7 +186,7 @@ def alone(work: Callable[[], T]) -> T:
         return found
     pause = 0.001
     while not store.check([key]):
-        if int(store.add(ENDED, 0)) > 0:
+        if int(store.add(ENDED, 0)) > 0 and not store.check([key]):
             raise Lost("another process of this run ended")
         time.sleep(pause)
         pause = min(2 * pause, 0.2)

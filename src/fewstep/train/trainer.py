@@ -176,6 +176,7 @@ class Trainer:
                     if not int(in_a_row):  # a state that cannot go on is not worth keeping
                         self._keep(method, players, average, done)
                     if stop:
+                        agree(True)  # nobody leaves while another still writes
                         raise Interrupted(self.resume_line)
         self.seconds += time.perf_counter() - began
         for player in players.values():
