@@ -112,7 +112,38 @@ def _resumable(command: str, run: Path) -> Iterator[None]:
     except KeyboardInterrupt:
         if not (run / "recipe.toml").exists():
             raise
-        raise Interrupted(f"fewstep {command} {shlex.quote(str(run))} --resume") from None
+        from .train.processes import again
+
+        raise Interrupted(again(f"{command} {shlex.quote(str(run))} --resume")) from None
+
+
+# Several processes
+
+TOGETHER = ("train", "distill", "sample", "evaluate", "compare")
+
+
+@contextlib.contextmanager
+def _several(command: str) -> Iterator[bool]:
+    """Under a launcher of several processes join them; a command that is for one is left to the first."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        yield True
+    elif command in TOGETHER:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a process that ends is said once, and by us
+        from .train.processes import joined
+
+        with joined():
+            yield True
+    else:
+        yield os.environ.get("RANK", "0") == "0"
+
+
+def _decided(work: Callable[[], Path]) -> Path:
+    """What the first of several processes decides for all: which folder is free, say."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return work()
+    from .train.processes import alone
+
+    return alone(work)
 
 
 # Exit codes
@@ -190,11 +221,15 @@ def command(function: Command) -> Command:
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> None:
         try:
-            function(*args, **kwargs)
+            with _several(function.__name__.strip("_")) as takes_part:
+                if takes_part:
+                    function(*args, **kwargs)
         except (typer.Exit, typer.Abort, Usage):
             raise
         except (Exception, KeyboardInterrupt) as error:
-            raise _verdict(error) from error
+            left = _verdict(error)
+            told = getattr(error, "told", False)  # another process has said why
+            raise (_Left(left.code, "") if told else left) from error
 
     app.command(function.__name__.strip("_"))(guarded)
     return function
@@ -384,7 +419,7 @@ def train(
       fewstep train runs/mine --resume
     """
     screen, place = Screen(quiet, verbose, json), pick_device(device)
-    run = _run_folder(recipe, out, resume)
+    run = _decided(lambda: _run_folder(recipe, out, resume))
     chosen = _recipe(recipe, overrides, seed)
     from . import jobs
 
@@ -422,7 +457,7 @@ def distill(
       fewstep distill digits --method ./mine.py:MyMethod
     """
     screen, place = Screen(quiet, verbose, json), pick_device(device)
-    run = _run_folder(what, out, resume)
+    run = _decided(lambda: _run_folder(what, out, resume))
     recipe = _recipe(what, overrides, seed, data, method)
     from . import jobs
 

@@ -263,6 +263,9 @@ class _Enough(Exception):
 def tapped(net: nn.Module, names: Sequence[str], stop: bool = False) -> Iterator[Features]:
     """Collect the outputs of named submodules while the network runs; ``stop`` ends the run at the last.
 
+    A sharded network (one that can ``reshard``) runs to its end and gives the features out with its own answer, as
+    far as its hooks can see: they gather the weights for the backward pass of what comes out, and of nothing else.
+
     Raises ValueError where no name is given, or one is not a submodule.
     """
     if not names:
@@ -273,18 +276,22 @@ def tapped(net: nn.Module, names: Sequence[str], stop: bool = False) -> Iterator
             raise ValueError(f"the network has no submodule {name!r}")
     seen: dict[str, Tensor] = {}
     features: Features = []
+    sharded = hasattr(net, "reshard")
 
     def hook(name: str) -> Callable[..., None]:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             seen[name] = _tensor(output)
             if len(seen) == len(names):
                 features[:] = [seen[n] for n in names]
-                if stop:
+                if stop and not sharded:
                     raise _Enough
 
         return keep
 
     handles = [modules[name].register_forward_hook(hook(name)) for name in names]
+    if sharded:
+        handles.append(net.register_forward_hook(lambda module, args, output: (output, features), prepend=True))
+        handles.append(net.register_forward_hook(lambda module, args, output: output[0]))
     try:
         yield features
     finally:

@@ -69,6 +69,13 @@ def pick_device(name: str) -> str:
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     apple = torch.backends.mps.is_available()
+    if kind in ("auto", "cuda") and count and not number and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        mine = int(os.environ.get("LOCAL_RANK", "0"))  # a launcher started several processes: each has its card
+        if mine >= count:
+            raise Refused(
+                f"process {mine} of this machine has no card, there are {count}: start {count}, or --device cpu"
+            )
+        return f"cuda:{mine}"
     if kind == "auto":
         return "cuda" if count else "mps" if apple else "cpu"
     if kind == "mps" and not apple:
@@ -107,12 +114,13 @@ def physical_cores() -> int:
 
 
 def set_threads(count: int | None = None) -> int:
-    """Give torch its threads: ``count``, else OMP_NUM_THREADS, else one per physical core."""
+    """Give torch its threads: ``count``, else OMP_NUM_THREADS, else one per physical core, shared with siblings."""
     import torch
 
+    siblings = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if count is None and os.environ.get("OMP_NUM_THREADS", "").isdigit():
         return torch.get_num_threads()
-    torch.set_num_threads(count or physical_cores())
+    torch.set_num_threads(count or max(1, physical_cores() // siblings))
     return torch.get_num_threads()
 
 

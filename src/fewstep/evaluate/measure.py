@@ -513,7 +513,7 @@ def one_run(candidate: Candidate, noise: Tensor, cond: Cond, turn: int) -> float
     workers = torch.get_num_threads() if candidate.device.type == "cpu" else 1
     chunks = chunks_of(noise, cond, -(-len(noise) // workers), "timing", turn)
     began = time.perf_counter()
-    for _ in draws(candidate, chunks):
+    for _ in draws(candidate, chunks, shared=False):
         pass
     return time.perf_counter() - began
 

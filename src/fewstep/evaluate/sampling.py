@@ -18,6 +18,7 @@ from ..grid import grid
 from ..rng import Rng
 from ..solvers import sample, solver_named, start_noise
 from ..student import Student
+from ..train.processes import World, gather, in_turn, world
 from .protocol import Protocol
 
 SOLVER_TITLES = {"euler": "Euler (DDIM)", "heun": "Heun", "dpm2m": "DPM-Solver++ 2M"}
@@ -122,13 +123,19 @@ def draws(
     chunks: list[Chunk],
     read: Callable[[Tensor], tuple[Tensor, Tensor, Tensor | None]] | None = None,
     told: Callable[[int], None] | None = None,
+    *,
+    shared: bool = True,
 ) -> Iterator[Drawn]:
     """Draw each chunk, in order; ``read`` finishes samples and takes their features, beside the drawing.
 
     On a CPU the chunks are spread over as many workers as torch has threads, one thread each: several small
     batches side by side are faster than one whose every layer is split, above all on a busy machine.
+
+    Several processes call together with the same chunks; each draws its own and all get everything, the same as
+    one process would have drawn. ``shared=False``: each draws all of them, to be timed.
     """
     device = candidate.device
+    here = world() if shared else World()
 
     def run(chunk: Chunk) -> Drawn:
         with torch.inference_mode():
@@ -147,14 +154,19 @@ def draws(
         return found
 
     threads = torch.get_num_threads()
-    if device.type != "cpu" or threads == 1 or len(chunks) < 2:
-        for chunk in chunks:
-            yield tell(run(chunk))
+    side_by_side = device.type == "cpu" and threads > 1 and len(chunks) > 1  # of all chunks: each is drawn alike
+    drawn = _side_by_side(run, here.mine(chunks), threads) if side_by_side else map(run, here.mine(chunks))
+    if here.size == 1:
+        yield from map(tell, drawn)
         return
+    for found in in_turn(gather(list(drawn))):
+        yield tell(found)
+
+
+def _side_by_side(run: Callable[[Chunk], Drawn], chunks: list[Chunk], threads: int) -> Iterator[Drawn]:
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for found in pool.map(run, chunks):
-                yield tell(found)
+            yield from pool.map(run, chunks)
     finally:
         torch.set_num_threads(threads)
 

@@ -2,7 +2,7 @@
 
 from .planning import plan
 from .setting import Setting, game, prepare
-from .training import distill, train
+from .training import distill, train, unfinished
 from .using import check, compare, evaluate, report, sample
 from .verifying import scores_of, verify
 
@@ -19,5 +19,6 @@ __all__ = [
     "sample",
     "scores_of",
     "train",
+    "unfinished",
     "verify",
 ]

@@ -15,6 +15,7 @@ from ..tasks import task_named
 from ..tasks.base import Task
 from ..tasks.encoded import Encoded
 from ..train.build import method_class, method_options, straightened
+from ..train.processes import alone
 from ..train.recipe import Recipe, load_recipe
 from ..train.trainer import Watch
 
@@ -79,7 +80,7 @@ def _teacher(source: str, recipe: Recipe, run: File, device: str, watch: Watch, 
         if nested.task.name == recipe.task.name:
             nested = nested.model_copy(update={"task": recipe.task})
         place = run / "teacher_run"
-        if not (place / "teacher").is_dir():
+        if not alone((place / "teacher").is_dir):
             watch.say(f"teaching first: {nested.name}")
             train(nested, place, resume=resume and place.exists(), device=device, watch=watch)
         return load_teacher(place / "teacher")

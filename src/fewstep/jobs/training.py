@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import shutil
 import time
 from collections.abc import Mapping
@@ -20,9 +21,10 @@ from ..tasks.base import Task
 from ..tasks.encoded import Encoded
 from ..train.build import inner_of, make_student, method_class
 from ..train.pairs import Pairs
+from ..train.processes import after_first, again, alone, world
 from ..train.recipe import Recipe, load_recipe, write_recipe
-from ..train.store import load_state, save_state, write_text
-from ..train.trainer import Nobody, Trainer, Watch
+from ..train.store import load_state, open_state, save_state, sweep, write_text
+from ..train.trainer import Nobody, Trainer, Watch, newest
 from .setting import Setting, game, prepare
 
 
@@ -49,7 +51,8 @@ def _learn(
     recipe: Recipe, run: File, setting: Setting, resume: bool, device: str, watch: Watch, verb: str
 ) -> tuple[Student, dict[str, Any]]:
     """All stages of a recipe; stages that a stopped run had finished are read back."""
-    resume_line = f"fewstep {verb} {run} --resume"
+    resume_line = again(f"{verb} {shlex.quote(str(run))} --resume")
+    made_of = {} if setting.raw is None else {"teacher": _teacher_hash(setting)}
     facts: dict[str, Any] = {"steps": [], "seconds": 0.0, "pairs_seconds": 0.0, "warnings": []}
     student: Student | None = None
     for index in range(len(recipe.stages) + 1):
@@ -61,8 +64,13 @@ def _learn(
         elif recipe.student.init is not None:
             _inherit(fresh, _initial(recipe.student.init))
         place = run / "stages" / f"{index:02d}"
-        done = load_state(place) if resume else None
+        there = resume and alone(lambda place=place: open_state(place) is not None)  # type: ignore[misc]
+        done = load_state(place) if there else None
         if done is not None:
+            if done[1].get("teacher", made_of.get("teacher")) != made_of.get("teacher"):
+                raise Refused(
+                    f"the teacher changed since {place}: resume with the teacher of the run, or another --out"
+                )
             with torch.no_grad():
                 for name, value in fresh.state_dict(keep_vars=True).items():
                     value.copy_(done[0][name])
@@ -76,23 +84,27 @@ def _learn(
                 watch.start("pairs", wanted.count)
                 pairs = Pairs(
                     setting.denoiser.to(device), setting.task, wanted, run / "pairs",
-                    teacher_hash=_teacher_hash(setting), seed=recipe.seed, device=device,
+                    teacher_hash=made_of["teacher"], seed=recipe.seed, device=device,
                     watch=lambda count: watch.advance("pairs", count),
                 )  # fmt: skip
                 watch.finish("pairs")
             made = time.perf_counter() - began
-            trainer = Trainer(recipe, run, stage=index, device=device, watch=watch, resume_line=resume_line)
+            trainer = Trainer(
+                recipe, run, stage=index, device=device, watch=watch, resume_line=resume_line, made_of=made_of
+            )
             fresh = trainer.fit(method, setting.task, pairs, resume=resume)
             spent = {
                 "steps": part.steps, "seconds": trainer.seconds, "pairs_seconds": made, "warnings": trainer.warnings
             }  # fmt: skip
-            save_state(place, dict(fresh.state_dict()), spent)
+            if world().first:
+                save_state(place, dict(fresh.state_dict()), {**spent, **made_of})
         student = fresh.eval()
         facts["steps"].append(spent["steps"])
         for key in ("seconds", "pairs_seconds"):
             facts[key] += spent[key]
         facts["warnings"] += spent["warnings"]
-    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    if world().first:
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)
     assert student is not None
     return student.requires_grad_(False), facts
 
@@ -125,15 +137,55 @@ def _teacher_hash(setting: Setting) -> str:
     return digest.hexdigest()
 
 
+def _begin(recipe: Recipe, run: File, resume: bool, device: str, watch: Watch | None) -> tuple[Watch, Setting]:
+    """Clear away what a killed run left, load what the recipe names, open the run folder."""
+    here = world()
+    eyes = watch if watch is not None and here.first else Nobody()
+    alone(lambda: sweep(run))
+    place = "cpu" if recipe.parallel.shard and here.size > 1 else device  # sharded, it may fit no device whole
+    setting = prepare(recipe, run, place, eyes, resume)
+    alone(lambda: _open_run(recipe, run, resume, device))
+    return eyes, setting
+
+
+def unfinished(run: File) -> File:
+    """The model folder of a run that was stopped, made from its newest whole checkpoint with the averaged weights.
+
+    A finished run has one already. Refused where there is nothing to take. Going on with the run replaces it.
+    """
+    for name in ("student", "teacher"):
+        if (run / name / "fewstep.json").is_file():
+            return run / name
+    recipe, setting, student, spent = _checkpointed(run)
+    return _save(recipe, run, setting, student, spent, None, Nobody())
+
+
+def _checkpointed(run: File) -> tuple[Recipe, Setting, Student, dict[str, Any]]:
+    """A stopped run's recipe and setting, its student with the averaged weights, and what it cost so far."""
+    place = newest(run / "checkpoints")
+    found = None if place is None else load_state(place)
+    if found is None or not (run / "recipe.toml").is_file():
+        raise Refused(f"{run} holds neither a model nor a whole checkpoint with its recipe.toml")
+    tensors, facts = found
+    recipe = load_recipe(run / "recipe.toml")
+    setting = prepare(recipe, run, "cpu", Nobody(), True)
+    student = make_student(recipe.stage(facts["stage"]), setting.task, setting.raw, setting.shape)
+    with torch.no_grad():
+        for name, value in student.state_dict(keep_vars=True).items():
+            kept = tensors.get(f"ema/{name}", tensors.get(f"method/student.{name}"))
+            if kept is not None:  # what a student shares with its teacher is in no checkpoint
+                value.copy_(kept)
+    spent = {"steps": [facts["step"]], "seconds": facts["seconds"], "warnings": []}
+    return recipe, setting, student.eval().requires_grad_(False), spent
+
+
 def train(
     recipe: Recipe, run: File, *, resume: bool = False, device: str = "cpu", watch: Watch | None = None
 ) -> dict[str, Any]:
     """Train by a recipe and save the model into ``run``: ``teacher/`` or ``student/``. No evaluation."""
-    eyes = watch or Nobody()
-    setting = prepare(recipe, run, device, eyes, resume)
-    _open_run(recipe, run, resume, device)
+    eyes, setting = _begin(recipe, run, resume, device, watch)
     student, facts = _learn(recipe, run, setting, resume, device, eyes, "train")
-    folder = _save(recipe, run, setting, student, facts, None, eyes)
+    folder = alone(lambda: _save(recipe, run, setting, student, facts, None, eyes))
     return {"model": str(folder), **{k: v for k, v in facts.items() if k != "warnings"}, "warnings": facts["warnings"]}
 
 
@@ -141,19 +193,17 @@ def distill(
     recipe: Recipe, run: File, *, resume: bool = False, device: str = "cpu", watch: Watch | None = None
 ) -> dict[str, Any]:
     """The main job: train, evaluate beside the teacher, save, report. Returns ``report.json``'s content."""
-    eyes = watch or Nobody()
-    setting = prepare(recipe, run, device, eyes, resume)
-    _open_run(recipe, run, resume, device)
+    eyes, setting = _begin(recipe, run, resume, device, watch)
     student, facts = _learn(recipe, run, setting, resume, device, eyes, "distill")
     report = None
     if recipe.evaluate.enabled:
         report = _evaluated(recipe, run, setting, student, facts, eyes)
-    _save(recipe, run, setting, student, facts, report, eyes)
+    alone(lambda: _save(recipe, run, setting, student, facts, report, eyes))
     if report is None:
         return {"model": str(run / "student"), **facts}
     from ..evaluate import write_report
 
-    write_report(run)
+    alone(lambda: write_report(run))
     content: dict[str, Any] = json.loads((run / "report" / "report.json").read_text(encoding="utf-8"))
     return content
 
@@ -166,17 +216,19 @@ def _evaluated(
 
     task = setting.task
     pixels = task.pixels if isinstance(task, Encoded) else task
-    features = features_for(pixels, run / "cache")
+    features = after_first(lambda: features_for(pixels, run / "cache"))
     if not recipe.evaluate.fresh and recipe.teacher is not None:
-        _take_figures(recipe.teacher.source, run / "cache")
+        source = recipe.teacher.source
+        alone(lambda: _take_figures(source, run / "cache"))
     makes = method_class(recipe.method.name).makes
     teacher = student.denoiser if makes == "teacher" else setting.denoiser
     report = evaluate(
         None if makes == "teacher" else student, teacher, task, Protocol(**recipe.evaluate.protocol), features,
         watch=watch, seed=recipe.seed, train=pixels.train, cache=run / "cache",
     )  # fmt: skip
-    report.save(run)
-    write_text(run / "training.json", json.dumps(facts, indent=1))
+    if world().first:
+        report.save(run)
+        write_text(run / "training.json", json.dumps(facts, indent=1))
     return report
 
 

@@ -13,9 +13,13 @@ from ..errors import Refused
 from ..rng import mix
 from ..tasks import task_named
 from ..tasks.base import Task
+from ..train.processes import after_first, alone, gather, world
 from ..train.store import write_text
 from ..train.trainer import Nobody, Watch
 from .setting import size_text
+
+CHUNK = 64
+"""Samples that are drawn at a time."""
 
 
 def _model(folder: File) -> File:
@@ -32,7 +36,8 @@ def sample(
 ) -> list[File]:  # fmt: skip
     """Write ``count`` samples of a student, or of a teacher under its best common sampler, to ``out``.
 
-    Image k is drawn from seed + k, so that one image of many can be repeated alone.
+    Image k is drawn from seed + k, so that one image of many can be repeated alone. All are drawn in chunks of
+    one size, the last one filled up; several processes take turns with the chunks, and the files are the same.
     """
     from ..interop import Contract, load_student, load_teacher, write_image
 
@@ -77,34 +82,44 @@ def sample(
     if bad:
         raise Refused(f"label {bad[0]} is not one of 0..{(classes or 0) - 1}")
     out.mkdir(parents=True, exist_ok=True)
-    files: list[File] = []
-    manifest = []
+    here, size = world(device), min(CHUNK, count)
     low, high = value_range or (-1.0, 1.0)
-    for begin in range(0, count, 64):
-        index = range(begin, min(begin + 64, count))
+    image = False
+    for begin in here.mine(range(0, count, size)):
+        index = range(begin, begin + size)
         noise = torch.cat([torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed + k)) for k in index])
-        chosen = None
-        if classes is not None:
-            chosen = torch.tensor([wanted[k % len(wanted)] if wanted else k % classes for k in index])
+        chosen = None if classes is None else torch.tensor([_label(k, wanted, classes) for k in index])
         with torch.inference_mode():
             rng = torch.Generator(device).manual_seed(mix(seed, "steps", begin))
             x = draw(noise.to(device), None if chosen is None else chosen.to(device), rng).float().cpu()
             x = decode(x).clamp(low, high)
-        for row, k in enumerate(index):
-            label = None if chosen is None else int(chosen[row])
-            if x.ndim == 4 and x.shape[1] in (1, 3):
-                file = out / f"{k:05d}.png"
-                pixels = ((x[row] - low) / (high - low) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-                write_image(pixels, file, model=str(folder), seed=seed + k, steps=calls)
+        image = x.ndim == 4 and x.shape[1] in (1, 3)
+        for row, k in zip(x, index, strict=True):
+            if k >= count:
+                break
+            if image:
+                pixels = ((row - low) / (high - low) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+                write_image(pixels, out / f"{k:05d}.png", model=str(folder), seed=seed + k, steps=calls)
             else:
                 from safetensors.torch import save_file
 
-                file = out / f"{k:05d}.safetensors"
-                save_file({"sample": x[row].contiguous()}, file)
-            files.append(file)
-            manifest.append({"file": file.name, "seed": seed + k, "label": label, "steps": calls})
-    write_text(out / "manifest.json", json.dumps({"model": str(folder), "samples": manifest}, indent=1))
+                save_file({"sample": row.contiguous()}, out / f"{k:05d}.safetensors")
+    ending = "png" if gather(image)[0] else "safetensors"
+    files = [out / f"{k:05d}.{ending}" for k in range(count)]
+    if here.first:
+        manifest = [
+            {"file": file.name, "seed": seed + k, "label": _label(k, wanted, classes), "steps": calls}
+            for k, file in enumerate(files)
+        ]
+        write_text(out / "manifest.json", json.dumps({"model": str(folder), "samples": manifest}, indent=1))
     return files
+
+
+def _label(k: int, wanted: Sequence[int] | None, classes: int | None) -> int | None:
+    """The label of image k: those asked for in turn, else all in turn."""
+    if classes is None:
+        return None
+    return wanted[k % len(wanted)] if wanted else k % classes
 
 
 def _reference(reference: str | File, shape: tuple[int, ...], value_range: tuple[float, float] | None) -> Task:
@@ -124,7 +139,7 @@ def evaluate(
     watch: Watch | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure a student beside its teacher by the protocol; writes ``out`` as a run folder with a report."""
-    from ..evaluate import Protocol, write_report
+    from ..evaluate import Protocol
     from ..evaluate import evaluate as measure
     from ..interop import load_student, load_teacher
     from ..metrics.features import features_for
@@ -134,16 +149,23 @@ def evaluate(
     task = _reference(reference, loaded.student.shape, loaded.value_range)
     _fits(task, loaded.student.shape, str(student))
     out.mkdir(parents=True, exist_ok=True)
+    features = after_first(lambda: features_for(task, out / "cache"))
     loaded.student.to(device)
     teacher.denoiser.to(device)
     report = measure(
-        loaded.student, teacher.denoiser, task, Protocol(), features_for(task, out / "cache"), watch=watch or Nobody(),
+        loaded.student, teacher.denoiser, task, Protocol(), features, watch=watch or Nobody(),
         seed=seed, train=task.train, cache=out / "cache",
     )  # fmt: skip
-    report.save(out)
-    write_report(out)
+    alone(lambda: _written(report, out))
     content: dict[str, Any] = json.loads((out / "report" / "report.json").read_text(encoding="utf-8"))
     return content
+
+
+def _written(report: Any, out: File) -> None:
+    from ..evaluate import write_report
+
+    report.save(out)
+    write_report(out)
 
 
 def _fits(task: Task, shape: tuple[int, ...], name: str) -> None:
@@ -156,7 +178,7 @@ def compare(
     watch: Watch | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure several students under one protocol, from the same noise; one table, one report."""
-    from ..evaluate import Protocol, write_report
+    from ..evaluate import Protocol
     from ..evaluate import compare as measure
     from ..interop import load_student
     from ..metrics.features import features_for
@@ -167,10 +189,9 @@ def compare(
     for name, student in loaded.items():
         _fits(task, student.shape, name)
     out.mkdir(parents=True, exist_ok=True)
-    features = features_for(task, out / "cache")
+    features = after_first(lambda: features_for(task, out / "cache"))
     report = measure(loaded, None, task, Protocol(), features, watch=watch or Nobody(), seed=seed)
-    report.save(out)
-    write_report(out)
+    alone(lambda: _written(report, out))
     content: dict[str, Any] = json.loads((out / "report" / "report.json").read_text(encoding="utf-8"))
     return content
 

@@ -76,7 +76,9 @@ class MeanFlow(Method):
         guess = self.student(x_t, t, s, batch.cond, "average_velocity")
         target = v.clone()
         index = jump.nonzero().squeeze(1)  # one sync a step: the derivative is paid for these rows alone
-        if len(index):
+        if options.jumps > 0:
+            if not len(index):  # one row, whose jump is 0: all processes make the same calls
+                index = index.new_zeros(1)
             rate = self.derivative(x_t[index], t[index], s[index], v[index], rows(batch.cond, index))
             target[index] -= column((t - s)[index], rate) * rate
         error = (guess - target).square().flatten(1).sum(1)

@@ -29,6 +29,7 @@ class Net(nn.Module):
 
     config: NetConfig
     reads_s: bool = False
+    _no_split_modules: tuple[str, ...] = ("_Block",)  # what a sharded network gathers at a time, in diffusers' words
 
     def null(self, cond: Cond) -> Cond:
         """ "No condition" for every row of a condition; ValueError for a network without labels."""

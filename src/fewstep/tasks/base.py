@@ -83,11 +83,16 @@ class Task(ABC):
         """A random variation of training samples that keeps their law; none by default."""
         return data
 
-    def batch(self, size: int, seed: int, step: int, turn: int = 0) -> Batch:
-        """The training batch of a turn: a pure function of (seed, step, turn), epochs without replacement."""
+    def batch(self, size: int, seed: int, step: int, turn: int = 0, rows: tuple[int, int] | None = None) -> Batch:
+        """The training batch of a turn: a pure function of (seed, step, turn), epochs without replacement.
+
+        ``rows`` (start, stop) are those of it that this process wants; others are not read.
+        """
         index = epoch_rows(len(self.train), size, mix(seed, "rows", turn), step)
+        if rows is not None:
+            index = index[slice(*rows)]
         part = self.train.rows(index)
-        rng = Rng(seed, "batch", step, turn)
+        rng = Rng(seed, "batch", step, turn, rows=None if rows is None else (*rows, size))
         data = self.augment(part.data, rng)
         return Batch(data, part.cond, rng.normal(tuple(data.shape), data.dtype))
 

@@ -8,18 +8,21 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .processes import local
+
 
 class Average:
     """``average += (1 - decay_n) (weights - average)`` in one fused call.
 
     ``decay_n = min(decay, (1 + n) / (warmup + n))`` at the n-th update, so that early weights are forgotten.
+    Of a sharded module each process averages its own part.
     """
 
     def __init__(self, module: nn.Module, decay: float, warmup: float = 10.0) -> None:
         self.decay, self.warmup, self.updates = decay, warmup, 0
         self.names = [name for name, _ in module.named_parameters()]
-        self.weights = [p.detach() for p in module.parameters()]
-        self.values: list[Tensor] = [p.detach().clone() for p in module.parameters()]
+        self.weights = [local(p).detach() for p in module.parameters()]
+        self.values: list[Tensor] = [weight.clone() for weight in self.weights]
 
     @torch.no_grad()
     def update(self) -> None:

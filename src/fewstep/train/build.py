@@ -56,10 +56,26 @@ def method_options(section: MethodSection, recipe: Recipe, task: Task) -> Any:
     kind = method_class(section.name).Options
     known = {"data_std": task.data_std, "horizon": recipe.steps}
     given = {k: v for k, v in known.items() if k in kind.model_fields} | dict(section.options)
+    if recipe.parallel.shard:
+        _by_difference(given, kind)
     try:
         return kind.model_validate(given)
     except ValidationError as error:
         raise Refused(f"method {section.name!r}: {complaint(error, kind)}") from None
+
+
+def _by_difference(given: dict[str, Any], kind: Any) -> None:
+    """Take differences for derivatives: a sharded network has neither forward-mode nor second ones."""
+    gan = given.get("gan")
+    for options, name, place in ((given, "derivative", "derivative"), (gan, "r1_kind", "gan.r1_kind")):
+        if not isinstance(options, dict) or (options is given and name not in kind.model_fields):
+            continue
+        if options.get(name) == "exact":
+            raise Refused(f"method.options.{place} = 'exact' does not go with parallel.shard: take 'difference'")
+        if options is given:
+            given[name] = "difference"
+        else:
+            given["gan"] = {**options, name: "difference"}
 
 
 def make_student(recipe: Recipe, task: Task, teacher: Denoiser | None, shape: tuple[int, ...]) -> Student:

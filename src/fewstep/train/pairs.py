@@ -11,13 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cond import Cond, rows
+from ..cond import Cond
+from ..cond import rows as rows_of
 from ..denoiser import Denoiser
+from ..errors import Failed
 from ..grid import grid
 from ..method import Batch, PairOptions
 from ..rng import Rng, mix
 from ..solvers import sample, solver_named, start_noise
 from ..tasks.base import Task, epoch_rows
+from .processes import gather, world
 from .store import load_state, save_state
 
 SHARD = 2048
@@ -27,7 +30,8 @@ class Pairs:
     """Pairs in memory, read from shards that are made where they are missing.
 
     The folder's name is the hash of all that the pairs depend on, so a changed teacher or plan never meets
-    old pairs; a run that was stopped goes on at the first missing shard.
+    old pairs; a run that was stopped goes on at the first missing shard. Several processes share the work, and the
+    folder.
     """
 
     def __init__(
@@ -56,19 +60,27 @@ class Pairs:
         }
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = folder / f"pairs-{digest}"
-        parts: list[dict[str, Tensor]] = []
-        for shard, begin in enumerate(range(0, options.count, SHARD)):
+        held: dict[int, dict[str, Tensor]] = {}
+        shards = list(enumerate(range(0, options.count, SHARD)))
+        for shard, begin in world().mine(shards):
             count = min(SHARD, options.count - begin)
             place = self.folder / f"{shard:05d}"
             found = load_state(place)
             if found is None:
-                made = self._make(teacher, task, solver, times, count, mix(seed, "pairs", shard), device)
-                save_state(place, made, facts)
+                held[shard] = self._make(teacher, task, solver, times, count, mix(seed, "pairs", shard), device)
+                save_state(place, held[shard], facts)
             else:
-                made = found[0]
-            parts.append(made)
+                held[shard] = found[0]
             if watch is not None:
                 watch(begin + count)
+        gather(None)  # whoever is done waits for the others
+        for shard, _ in shards:
+            if shard not in held:
+                found = load_state(self.folder / f"{shard:05d}")
+                if found is None:
+                    raise Failed(f"{self.folder} lacks pairs of another process: all need one folder to share")
+                held[shard] = found[0]
+        parts = [held[shard] for shard, _ in shards]
         self.noise, self.target = (torch.cat([p[k] for p in parts]) for k in ("noise", "target"))
         keys = [k for k in parts[0] if k.startswith("cond")]
         joined = {k: torch.cat([p[k] for p in parts]) for k in keys}
@@ -84,11 +96,11 @@ class Pairs:
         rng = Rng(seed, device=device)
         noise = rng.normal((count, *task.shape))
         index = torch.randint(len(task.train), (count,), generator=rng.shared)
-        cond = rows(task.train.cond, index)
+        cond = rows_of(task.train.cond, index)
         ends = []
         for part in torch.arange(count).split(512):
             x = start_noise(teacher.path, float(times[0]), noise[part])
-            ends.append(sample(teacher, x, times, solver, cond=rows(cond, part), rng=rng.generator))
+            ends.append(sample(teacher, x, times, solver, cond=rows_of(cond, part), rng=rng.generator))
         made = {"noise": noise.cpu(), "target": torch.cat(ends).cpu()}
         if isinstance(cond, dict):
             made.update({f"cond.{k}": v.cpu() for k, v in cond.items()})
@@ -99,8 +111,10 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.noise)
 
-    def batch(self, size: int, seed: int, step: int) -> Batch:
-        """The pairs of a step: a pure function of (seed, step)."""
+    def batch(self, size: int, seed: int, step: int, rows: tuple[int, int] | None = None) -> Batch:
+        """The pairs of a step: a pure function of (seed, step); with ``rows`` (start, stop) a part of them."""
         index = epoch_rows(len(self), size, mix(seed, "pairs"), step)
+        if rows is not None:
+            index = index[slice(*rows)]
         target = self.target[index]
-        return Batch(target, rows(self.cond, index), self.noise[index], target)
+        return Batch(target, rows_of(self.cond, index), self.noise[index], target)

@@ -17,6 +17,7 @@ from ..part import Part
 from ..path import AnyPath
 from ..registry import nearest
 from ..student import Policy
+from .store import write_text
 
 LIMIT = 2**20
 
@@ -111,6 +112,9 @@ class ParallelSection(Part):
     """How a batch is spread."""
 
     accumulate: int = Field(1, ge=1, description="backward passes an update")
+    shard: bool = Field(
+        False, description="several processes: each holds a part of every network; for those that fit no single device"
+    )
 
 
 class CheckpointSection(Part):
@@ -205,6 +209,8 @@ class Recipe(Part):
         plain = self.model_dump(
             mode="json", exclude={"expect", "papers", "name", "licence", "log", "checkpoint", "evaluate"}
         )
+        if not self.parallel.shard:  # as it was before the option was there
+            del plain["parallel"]["shard"]
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
@@ -327,7 +333,7 @@ def write_recipe(recipe: Recipe, file: File) -> None:
     """Write a recipe in full, as TOML; reading it back gives the same recipe."""
     import tomlkit
 
-    file.write_text(tomlkit.dumps(_plain(recipe.model_dump(mode="json"))), encoding="utf-8")
+    write_text(file, tomlkit.dumps(_plain(recipe.model_dump(mode="json"))))
 
 
 def _plain(value: Any) -> Any:

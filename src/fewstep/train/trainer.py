@@ -5,30 +5,47 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path as File
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import Failed, Interrupted
+from ..errors import Failed, Interrupted, Refused
+from ..losses import set_reduction
 from ..method import Batch, Method
 from ..rng import Rng, mix
 from ..student import Student
 from ..tasks.base import Task
 from .average import Average
 from .pairs import Pairs
+from .player import Player
 from .probe import Prober
-from .recipe import Optim, Recipe, factor
-from .store import load_state, save_state
+from .processes import (
+    Spread,
+    add_up,
+    agree,
+    alone,
+    begin_alike,
+    first_row,
+    local,
+    mean_gradients,
+    mean_over,
+    world,
+)
+from .recipe import Recipe, factor
+from .store import State, open_state, save_state, write_text
 
 SKIPS_IN_A_ROW = 20
 PROBES = 10
+ECHO = 5.0
+"""Seconds in which a second signal is the first one's echo, where a launcher stands between."""
 
 
 class Watch(Protocol):
@@ -49,80 +66,15 @@ class Nobody:
     def finish(self, label: str) -> None: ...
 
 
-OPTIMISERS: dict[str, type[torch.optim.Optimizer]] = {
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-    "radam": torch.optim.RAdam,
-}
-
-
-class Player:
-    """One network in the game: its parameters, optimiser and schedule."""
-
-    def __init__(self, module: nn.Module, settings: Optim) -> None:
-        self.module, self.settings = module, settings
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
-        if not self.parameters:
-            raise ValueError("a player without parameters cannot learn")
-        fused = {} if settings.kind == "radam" else {"fused": True}
-        kind: Any = OPTIMISERS[settings.kind]
-        self.optimiser: torch.optim.Optimizer = kind(
-            self.parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, **fused
-        )
-        self.can_skip = bool(fused)
-
-    def learns(self, yes: bool) -> None:
-        for parameter in self.parameters:
-            parameter.requires_grad_(yes)
-
-    def update(self, share: float) -> tuple[Tensor, Tensor]:
-        """One optimiser step at ``share`` of the learning rate: (gradient norm, 1 where it was skipped).
-
-        A gradient that is not finite changes nothing: the fused step is told so without a device sync.
-        """
-        grads = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads, foreach=True)
-        bad = (~norm.isfinite()).float()
-        if self.settings.clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.settings.clip, norm, foreach=True)
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.settings.lr * share
-        if self.can_skip:
-            self.optimiser.found_inf = bad  # type: ignore[attr-defined]
-            self.optimiser.grad_scale = None  # type: ignore[attr-defined]
-            self.optimiser.step()
-        elif not bad:
-            self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
-        return norm.detach(), bad
-
-    def forget(self, gone: set[int]) -> None:
-        """Drop the optimiser's memory of re-initialised parameters."""
-        for parameter in self.parameters:
-            if parameter.data_ptr() in gone:
-                self.optimiser.state.pop(parameter, None)
-
-    def state(self) -> dict[str, Tensor]:
-        out = {}
-        for i, parameter in enumerate(self.parameters):
-            for key, value in self.optimiser.state.get(parameter, {}).items():
-                out[f"{i}/{key}"] = value if isinstance(value, Tensor) else torch.tensor(value)
-        return out
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        for name, value in state.items():
-            index, key = name.split("/")
-            parameter = self.parameters[int(index)]
-            home = "cpu" if key == "step" and not self.can_skip else parameter.device
-            self.optimiser.state[parameter][key] = value.to(home)
-
-
 class Trainer:
     """Trains a method by a recipe inside a run folder.
 
-    Every batch and every random
-    draw is a pure function of (seed, stage, step, turn), so that a stopped run that goes on ends with the very
-    weights of one that was not stopped.
+    Every batch and every random draw is a pure function of (seed, stage, step, turn), so that a stopped run that
+    goes on ends with the very weights of one that was not stopped. Several processes (``processes.joined``) share
+    each batch, and after each backward pass the gradients of the player; the first one writes.
+
+    ``made_of`` are hashes of what the run depends on beside its recipe (the teacher's weights): a checkpoint keeps
+    them, and is not taken up where they differ.
     """
 
     def __init__(
@@ -134,33 +86,47 @@ class Trainer:
         device: torch.device | str = "cpu",
         watch: Watch | None = None,
         resume_line: str = "",
+        made_of: Mapping[str, str] | None = None,
     ) -> None:
         self.recipe, self.run, self.stage = recipe.stage(stage), run, stage
-        self.device = torch.device(device)
-        self.watch: Watch = watch or Nobody()
-        self.resume_line = resume_line
+        self.world = world(device)
+        self.device = self.world.device
+        self.watch: Watch = watch if watch is not None and self.world.first else Nobody()
+        self.resume_line, self.made_of = resume_line, dict(made_of or {})
         self.label = "train" if not recipe.stages else f"stage {stage + 1}/{len(recipe.stages) + 1}"
         self.seconds = 0.0
         self.warnings: list[str] = []
+        self.rows = self.world.rows(self.recipe.batch) if self.world.size > 1 else None
+        self.spread: Spread | None = None
         self._stop = threading.Event()
+        self._asked = 0.0
 
     # -- one run --------------------------------------------------------------------------------
 
     def fit(self, method: Method, task: Task, pairs: Pairs | None = None, *, resume: bool = False) -> Student:
         """Train; returns the student with its averaged weights, in evaluation mode.
 
-        Raises Failed after twenty updates in a row that were not finite, Interrupted on SIGINT or SIGTERM
-        after a checkpoint was written.
+        Raises Failed after twenty updates in a row that were not finite, or where a file cannot be written;
+        Interrupted on SIGINT or SIGTERM after a checkpoint was written.
         """
+        try:
+            if self.rows is not None:
+                set_reduction(mean_over(self._weight() / self.world.size))
+            return self._fit(method, task, pairs, resume)
+        except OSError as error:
+            raise Failed(self._can_go_on(f"could not write into {self.run}: {error.strerror or error}")) from error
+        finally:
+            set_reduction(None)
+
+    def _fit(self, method: Method, task: Task, pairs: Pairs | None, resume: bool) -> Student:
         recipe, steps = self.recipe, self.recipe.steps
-        method.to(self.device)
         self._prepare(method)
         players = {name: Player(getattr(method, name), recipe.optim_of(name)) for name in method.players}
         average = Average(method.student, recipe.ema.decay, recipe.ema.warmup) if recipe.ema.decay > 0 else None
         prober = Prober(task, mix(recipe.seed, "probe"), method.makes)
         every = recipe.checkpoint.every or max(steps // 10, 1)
         probe_every = recipe.log.probe or max(steps // PROBES, 1)
-        if not resume:
+        if not resume and self.world.first:
             for old in (self.run / "checkpoints").glob(f"stage_{self.stage}_*"):
                 shutil.rmtree(old, ignore_errors=True)
         first = self._load(method, players, average) if resume else 0
@@ -178,12 +144,12 @@ class Trainer:
                     for other_name, other in players.items():
                         other.learns(other_name == name)
                     parts = self._turn(method, name, step, turn, task, pairs)
-                    norm, bad = player.update(factor(recipe.schedule_of(name), step, steps))
+                    norm, bad = player.update(factor(recipe.schedule_of(name), step, steps), self._join(player))
                     skipped += bad
                     in_a_row = (in_a_row + 1) * bad
                     lines.update({f"{name}/{k}": v for k, v in parts.items()})
                     lines[f"{name}/norm"] = norm
-                gone = {p.data_ptr() for p in method.settle(step)}
+                gone = {local(p).data_ptr() for p in method.settle(step)}
                 if gone:
                     for player in players.values():
                         player.forget(gone)
@@ -195,7 +161,7 @@ class Trainer:
                 if done % probe_every == 0 or done == steps:
                     note = self._look(method, average, prober, task, done)
                 if done % recipe.log.every == 0 or done == steps:
-                    values = {k: float(v) for k, v in lines.items()}
+                    values = self._values(lines)
                     seconds = self.seconds + time.perf_counter() - began
                     line = {"step": done, "stage": self.stage, "seconds": round(seconds, 3), **values}
                     line["skipped"] = int(skipped)
@@ -203,18 +169,24 @@ class Trainer:
                     log.flush()
                     self.watch.advance(self.label, done, note or _brief(values))
                     self._check(int(in_a_row), done)
-                if self._stop.is_set() or (done % every == 0 and done < steps):
+                stop = agree(self._stop.is_set())
+                if stop or (done % every == 0 and done < steps):
                     self.seconds += time.perf_counter() - began
                     began = time.perf_counter()
                     if not int(in_a_row):  # a state that cannot go on is not worth keeping
                         self._keep(method, players, average, done)
-                    if self._stop.is_set():
+                    if stop:
+                        agree(True)  # nobody leaves while another still writes
                         raise Interrupted(self.resume_line)
         self.seconds += time.perf_counter() - began
         for player in players.values():
             player.learns(True)
         if average is not None:
             average.apply()
+        if self.spread is not None:
+            self.spread.restore(method.student)
+            if isinstance(method.teacher, nn.Module):
+                self.spread.restore(method.teacher)
         self.watch.finish(self.label)
         return method.student.eval()
 
@@ -223,18 +195,54 @@ class Trainer:
     ) -> dict[str, Tensor]:
         recipe, parts = self.recipe, {}
         seed = mix(recipe.seed, "stage", self.stage)
-        self._seed(mix(seed, step, turn))
+        keys = (step, turn) if self.world.first else (step, turn, self.world.rank)
+        self._seed(mix(seed, *keys))
         method.step = step
         accumulate = recipe.parallel.accumulate
         for part in range(accumulate):
             position = step * accumulate + part
             batch = self._batch(name, seed, position, turn, task, pairs)
-            rng = Rng(seed, "loss", step, turn, part, device=self.device)
+            own = None if self.rows is None else (*self.rows, recipe.batch)
+            rng = Rng(seed, "loss", step, turn, part, rows=own, device=self.device)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.precision.dtype == "bfloat16"):
                 loss = method.loss(name, batch, rng)
-            (loss.total / accumulate).backward()
+            weight = self._weight() / accumulate
+            (loss.total if weight == 1 else loss.total * weight).backward()
             parts = loss.parts
+        if self.spread is not None:
+            self.spread.rest()
         return parts
+
+    def _weight(self) -> float:
+        """What this process's loss counts for in the mean over processes: 1 where all have as many rows."""
+        if self.rows is None:
+            return 1.0
+        return self.world.size * (self.rows[1] - self.rows[0]) / self.recipe.batch
+
+    def _join(self, player: Player) -> Tensor | None:
+        """Give a player the gradients of all processes; their norm, where it is in parts."""
+        if self.rows is None:
+            return None
+        mean_gradients([leaf for leaf, own in zip(player.leaves, player.parameters, strict=True) if leaf is own])
+        if self.spread is None:
+            return None
+        sums = torch.zeros(2, device=self.device)  # of squares: of whole gradients, of parts
+        for leaf, own in zip(player.leaves, player.parameters, strict=True):
+            if leaf is not own:
+                own.grad, leaf.grad = None if leaf.grad is None else local(leaf.grad), None
+            if own.grad is not None and own.numel():
+                sums[int(leaf is not own)] += own.grad.float().square().sum()
+        everywhere = add_up(sums[1:].clone())
+        return torch.sqrt(sums[0] + everywhere[0])
+
+    def _values(self, lines: Mapping[str, Any]) -> dict[str, float]:
+        """The numbers of a line of the log, over all processes."""
+        if self.rows is None:
+            return {k: float(v) for k, v in lines.items()}
+        share = self._weight() / self.world.size
+        own = {k: torch.as_tensor(v, device=self.device).float().reshape(()) for k, v in lines.items()}
+        shares = torch.tensor([1 / self.world.size if k.endswith("/norm") else share for k in own], device=self.device)
+        return dict(zip(own, add_up(torch.stack(list(own.values())) * shares).tolist(), strict=True))
 
     def _seed(self, seed: int) -> None:
         """Seed what dropout draws from. ``torch.manual_seed`` would format a stack trace for every kind of
@@ -248,15 +256,22 @@ class Trainer:
     def _batch(self, name: str, seed: int, position: int, turn: int, task: Task, pairs: Pairs | None) -> Batch:
         size = self.recipe.batch
         if pairs is not None and name == "student":
-            batch = pairs.batch(size, seed, position)
-        else:
+            batch = pairs.batch(size, seed, position, self.rows)
+        elif self.rows is None:
             batch = task.batch(size, seed, position, turn)
+        else:
+            batch = task.batch(size, seed, position, turn, rows=self.rows)
         return batch if self.device.type == "cpu" else batch.to(self.device)
 
     def _prepare(self, method: Method) -> None:
-        precision = self.recipe.precision
+        precision, several = self.recipe.precision, self.world.size > 1
         if precision.channels_last:
             method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if several and self.recipe.parallel.shard:
+            self.spread = Spread(method, self.device)
+        method.to(self.device)
+        if several:
+            begin_alike({k: v for k, v in learned(method).items() if first_row(v) is None})
         if precision.compile:
             for module in method.modules():
                 net = getattr(module, "net", None)
@@ -268,6 +283,10 @@ class Trainer:
     def _look(self, method: Method, average: Average | None, prober: Prober, task: Task, done: int) -> str:
         with average.applied() if average is not None else contextlib.nullcontext():
             probe, samples = prober(method.student)
+            if self.spread is not None:
+                self.spread.rest()
+        if not self.world.first:
+            return ""
         warning = probe.warning()
         if warning is not None:
             line = f"step {done}: {warning}"
@@ -300,8 +319,17 @@ class Trainer:
             where = f"; the last good checkpoint is {good}" if good else ""
             raise Failed(f"{in_a_row} updates in a row were not finite at step {done}: lower optim.lr{where}")
 
+    def _can_go_on(self, problem: str) -> str:
+        """A problem in one line, with what is left of the run and how it goes on."""
+        good = newest(self.run / "checkpoints")
+        if good is None:
+            return f"{problem}; no checkpoint was written yet"
+        return f"{problem}; {good.name} is whole: make room, then {self.resume_line or 'resume'}"
+
     def _open_log(self, first: int) -> Any:
-        """The log, without lines beyond where a resumed run goes on."""
+        """The log, without lines beyond where a resumed run goes on; only the first process writes one."""
+        if not self.world.first:
+            return open(os.devnull, "w")
         file = self.run / "log.jsonl"
         self.run.mkdir(parents=True, exist_ok=True)
         kept = []
@@ -313,20 +341,25 @@ class Trainer:
                     continue
                 if line.get("stage", 0) < self.stage or (line.get("stage", 0) == self.stage and line["step"] <= first):
                     kept.append(text)
-        file.write_text("".join(text + "\n" for text in kept), encoding="utf-8")
+        write_text(file, "".join(text + "\n" for text in kept))
         return file.open("a", encoding="utf-8")
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM ask for a checkpoint and an orderly end."""
+        """SIGINT and SIGTERM ask for a checkpoint and an orderly end; the second time they do not ask.
+
+        A launcher repeats to its processes what the terminal has sent them already: that is one time.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         old = {}
 
         def ask(number: int, frame: Any) -> None:
-            if self._stop.is_set():
+            now = time.monotonic()
+            if self._stop.is_set() and (self.world.size == 1 or now - self._asked > ECHO):
                 raise KeyboardInterrupt
+            self._asked = now
             self._stop.set()
 
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -339,13 +372,29 @@ class Trainer:
 
     # -- checkpoints ----------------------------------------------------------------------------
 
-    def _state(self, method: Method, players: dict[str, Player], average: Average | None) -> dict[str, Tensor]:
-        out = {f"method/{k}": v for k, v in learned(method).items()}
+    def _state(
+        self, method: Method, players: dict[str, Player], average: Average | None
+    ) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """All that a run is, as this process has it; and the first row of those tensors that are parts."""
+        out: dict[str, Tensor] = {}
+        rows: dict[str, int] = {}
+
+        def put(name: str, value: Tensor, like: Tensor) -> None:
+            out[name], start = local(value), first_row(like)
+            if start is not None:
+                rows[name] = start
+
+        for name, value in learned(method).items():
+            put(f"method/{name}", value, value)
         for name, player in players.items():
-            out.update({f"optim/{name}/{k}": v for k, v in player.state().items()})
+            for key, value in player.state().items():
+                leaf, own = (of[int(key.split("/")[0])] for of in (player.leaves, player.parameters))
+                put(f"optim/{name}/{key}", value, leaf if value.shape == own.shape else value)
         if average is not None:
-            out.update({f"ema/{k}": v for k, v in average.state().items()})
-        return out
+            weights = dict(method.student.named_parameters())
+            for name, value in average.state().items():
+                put(f"ema/{name}", value, weights[name])
+        return out, rows
 
     def _keep(self, method: Method, players: dict[str, Player], average: Average | None, done: int) -> None:
         folder = self.run / "checkpoints"
@@ -356,35 +405,68 @@ class Trainer:
             "seconds": self.seconds,
             "updates": average.updates if average else 0,
             "recipe": self.recipe.sha256,
+            **self.made_of,
         }
-        save_state(target, self._state(method, players, average), facts)
-        for old in sorted(folder.glob("stage_*"))[: -self.recipe.checkpoint.keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        if self.spread is None and not self.world.first:
+            return
+        tensors, rows = self._state(method, players, average)
+        try:
+            save_state(target, tensors, facts, None if self.spread is None else rows)
+        except Failed as error:
+            raise Failed(self._can_go_on(str(error))) from error
+        if self.world.first:
+            for old in sorted(folder.glob("stage_*"))[: -self.recipe.checkpoint.keep]:
+                shutil.rmtree(old, ignore_errors=True)
 
     def _load(self, method: Method, players: dict[str, Player], average: Average | None) -> int:
-        """The newest whole checkpoint of this stage; returns the step to go on at."""
-        for folder in sorted((self.run / "checkpoints").glob(f"stage_{self.stage}_*"), reverse=True):
-            found = load_state(folder)
-            if found is None:
-                self.watch.say(f"{folder.name} is damaged: taking the one before")
-                continue
-            tensors, facts = found
-            if facts["recipe"] != self.recipe.sha256:
-                raise Failed(
-                    f"the recipe changed since {folder}: resume with the recipe of the run, or take a new --out"
+        """Take up the newest whole checkpoint of this stage, of any number of processes; the step to go on at."""
+        place = alone(self._find)
+        state = None if place is None else open_state(File(place))
+        if state is None:
+            return 0
+        facts = state.facts
+        if facts["recipe"] != self.recipe.sha256:
+            raise Refused(f"the recipe changed since {place}: resume with the recipe of the run, or take a new --out")
+        for name, digest in self.made_of.items():
+            if facts.get(name, digest) != digest:
+                raise Refused(
+                    f"the {name} changed since {place}: resume with the {name} of the run, or take a new --out"
                 )
-            own = learned(method)
-            with torch.no_grad():
-                for key, value in own.items():
-                    value.copy_(tensors[f"method/{key}"])
+        with torch.no_grad():
+            for name, value in learned(method).items():
+                _fill(local(value), state, f"method/{name}", first_row(value))
             for name, player in players.items():
                 head = f"optim/{name}/"
-                player.load({k[len(head) :]: v for k, v in tensors.items() if k.startswith(head)})
+                found = {k: k.removeprefix(head).split("/") for k in state.names() if k.startswith(head)}
+                held = {}
+                for key, (index, what) in found.items():
+                    leaf, own = player.leaves[int(index)], player.parameters[int(index)]
+                    start = None if what == "step" else first_row(leaf)
+                    held[f"{index}/{what}"] = (
+                        state.read(key) if start is None else state.read(key, start, start + own.shape[0])
+                    )
+                player.load(held)
             if average is not None:
-                average.load({k[4:]: v for k, v in tensors.items() if k.startswith("ema/")}, facts["updates"])
-            self.seconds = facts["seconds"]
-            return int(facts["step"])
-        return 0
+                average.updates = facts["updates"]
+                weights = dict(method.student.named_parameters())
+                for name, value in average.state().items():
+                    _fill(value, state, f"ema/{name}", first_row(weights[name]))
+        self.seconds = facts["seconds"]
+        return int(facts["step"])
+
+    def _find(self) -> str | None:
+        """Where the newest whole checkpoint of this stage is; those that are not whole go."""
+        for folder in sorted((self.run / "checkpoints").glob(f"stage_{self.stage}_*"), reverse=True):
+            if open_state(folder) is not None:
+                return str(folder)
+            self.watch.say(f"{folder.name} is damaged: taking the one before")
+            shutil.rmtree(folder, ignore_errors=True)
+        return None
+
+
+def _fill(value: Tensor, state: State, name: str, start: int | None) -> None:
+    """Copy a tensor, or its rows from ``start``, out of a checkpoint."""
+    value.copy_(state.read(name) if start is None else state.read(name, start, start + value.shape[0]))
 
 
 def learned(method: Method) -> dict[str, Tensor]:
@@ -403,7 +485,7 @@ def learned(method: Method) -> dict[str, Tensor]:
 def newest(folder: File) -> File | None:
     """The newest whole checkpoint, or None."""
     for candidate in sorted(folder.glob("stage_*"), reverse=True):
-        if load_state(candidate) is not None:
+        if open_state(candidate) is not None:
             return candidate
     return None
 
