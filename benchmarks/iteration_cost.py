@@ -39,8 +39,9 @@ from fewstep.path import Exploding, Straight
 from fewstep.student import Student
 from fewstep.tasks.base import Split, Task
 from fewstep.train.average import Average
+from fewstep.train.player import Player
 from fewstep.train.recipe import Recipe, factor
-from fewstep.train.trainer import Player, Trainer
+from fewstep.train.trainer import Trainer
 
 BAR = 1.1
 Work = Callable[[], None]
