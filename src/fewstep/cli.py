@@ -46,6 +46,9 @@ Overrides = Annotated[
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the run.")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Where to write.")]
+Accept = Annotated[
+    bool, typer.Option("--accept-licence", help="Go on although the teacher's licence forbids something.")
+]
 
 
 # Recipes and run folders
@@ -113,6 +116,16 @@ def _resumable(command: str, run: Path) -> Iterator[None]:
         if not (run / "recipe.toml").exists():
             raise
         raise Interrupted(f"fewstep {command} {shlex.quote(str(run))} --resume") from None
+
+
+def _accepted(recipe: Recipe, run: Path, given: bool, resume: bool) -> bool:
+    """Whether a restrictive licence was accepted: by the option, or by a person at a terminal who is asked."""
+    from .jobs.consent import question
+
+    line = None if given or (resume and (run / "recipe.toml").exists()) else question(recipe)
+    if line is None or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return given
+    return typer.confirm(f"{line}. Go on?", err=True)
 
 
 # Exit codes
@@ -368,6 +381,7 @@ def train(
     overrides: Overrides = None,
     out: Out = None,
     resume: Resume = False,
+    accept_licence: Accept = False,
     seed: Seed = None,
     device: Device = "auto",
     threads: Threads = None,
@@ -389,8 +403,9 @@ def train(
     from . import jobs
 
     set_threads(threads)
+    accepted = _accepted(chosen, run, accept_licence, resume)
     with screen, _resumable("train", run):
-        result = jobs.train(chosen, run, resume=resume, device=place, watch=screen)
+        result = jobs.train(chosen, run, resume=resume, device=place, watch=screen, accept_licence=accepted)
     screen.result({"run": run, **result}, f"{lines_of(result)}\nrun: {run}")
 
 
@@ -402,6 +417,7 @@ def distill(
     method: MethodName = None,
     out: Out = None,
     resume: Resume = False,
+    accept_licence: Accept = False,
     seed: Seed = None,
     device: Device = "auto",
     threads: Threads = None,
@@ -427,8 +443,9 @@ def distill(
     from . import jobs
 
     set_threads(threads)
+    accepted = _accepted(recipe, run, accept_licence, resume)
     with screen, _resumable("distill", run):
-        report = jobs.distill(recipe, run, resume=resume, device=place, watch=screen)
+        report = jobs.distill(recipe, run, resume=resume, device=place, watch=screen, accept_licence=accepted)
     page = run / "report" / "index.html"
     screen.result({"run": run, **report}, report_text(report, page if page.is_file() else None) or f"run: {run}")
 

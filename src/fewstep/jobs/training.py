@@ -23,10 +23,11 @@ from ..train.pairs import Pairs
 from ..train.recipe import Recipe, load_recipe, write_recipe
 from ..train.store import load_state, save_state, write_text
 from ..train.trainer import Nobody, Trainer, Watch
+from .consent import consent
 from .setting import Setting, game, prepare
 
 
-def _open_run(recipe: Recipe, run: File, resume: bool, device: str) -> None:
+def _open_run(recipe: Recipe, run: File, resume: bool, device: str, accepted: list[str]) -> None:
     file = run / "recipe.toml"
     if resume and file.exists():
         if load_recipe(file).sha256 != recipe.sha256:
@@ -41,6 +42,7 @@ def _open_run(recipe: Recipe, run: File, resume: bool, device: str) -> None:
         "device": device,
         "threads": torch.get_num_threads(),
         "recipe_sha256": recipe.sha256,
+        "accepted_licences": accepted,
     }
     write_text(run / "environment.json", json.dumps(facts, indent=1))
 
@@ -126,24 +128,44 @@ def _teacher_hash(setting: Setting) -> str:
 
 
 def train(
-    recipe: Recipe, run: File, *, resume: bool = False, device: str = "cpu", watch: Watch | None = None
+    recipe: Recipe,
+    run: File,
+    *,
+    resume: bool = False,
+    device: str = "cpu",
+    watch: Watch | None = None,
+    accept_licence: bool = False,
 ) -> dict[str, Any]:
-    """Train by a recipe and save the model into ``run``: ``teacher/`` or ``student/``. No evaluation."""
+    """Train by a recipe and save the model into ``run``: ``teacher/`` or ``student/``. No evaluation.
+
+    Refused where a teacher's licence forbids something and it was not accepted.
+    """
     eyes = watch or Nobody()
+    accepted = consent(recipe, run, accept_licence, resume)
     setting = prepare(recipe, run, device, eyes, resume)
-    _open_run(recipe, run, resume, device)
+    _open_run(recipe, run, resume, device, accepted)
     student, facts = _learn(recipe, run, setting, resume, device, eyes, "train")
     folder = _save(recipe, run, setting, student, facts, None, eyes)
     return {"model": str(folder), **{k: v for k, v in facts.items() if k != "warnings"}, "warnings": facts["warnings"]}
 
 
 def distill(
-    recipe: Recipe, run: File, *, resume: bool = False, device: str = "cpu", watch: Watch | None = None
+    recipe: Recipe,
+    run: File,
+    *,
+    resume: bool = False,
+    device: str = "cpu",
+    watch: Watch | None = None,
+    accept_licence: bool = False,
 ) -> dict[str, Any]:
-    """The main job: train, evaluate beside the teacher, save, report. Returns ``report.json``'s content."""
+    """The main job: train, evaluate beside the teacher, save, report. Returns ``report.json``'s content.
+
+    Refused where a teacher's licence forbids something and it was not accepted.
+    """
     eyes = watch or Nobody()
+    accepted = consent(recipe, run, accept_licence, resume)
     setting = prepare(recipe, run, device, eyes, resume)
-    _open_run(recipe, run, resume, device)
+    _open_run(recipe, run, resume, device, accepted)
     student, facts = _learn(recipe, run, setting, resume, device, eyes, "distill")
     report = None
     if recipe.evaluate.enabled:
