@@ -54,7 +54,7 @@ KNOWN: dict[str, tuple[Kind, str]] = {
         ("use-restricted", _RAIL),
     ),
     **dict.fromkeys(
-        ("stabilityai-community", "stabilityai-ai-community", "stability-ai-community", "stabilityai-community-license"),
+        ("stabilityai-community", "stabilityai-ai-community", "stability-ai-community"),
         ("use-restricted", "commercial use needs registration, and above a yearly revenue a paid licence"),
     ),
     **dict.fromkeys(

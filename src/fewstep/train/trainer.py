@@ -14,7 +14,7 @@ from pathlib import Path as File
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import Failed, Interrupted
 from ..method import Batch, Method
@@ -24,6 +24,7 @@ from ..tasks.base import Task
 from .average import Average
 from .pairs import Pairs
 from .player import Player
+from .precision import Prepared
 from .probe import Prober
 from .recipe import Recipe, factor
 from .store import load_state, save_state
@@ -87,7 +88,7 @@ class Trainer:
         """
         recipe, steps = self.recipe, self.recipe.steps
         method.to(self.device)
-        self._prepare(method)
+        prepared = Prepared(method, recipe.precision, self.device)
         players = {name: Player(getattr(method, name), recipe.optim_of(name)) for name in method.players}
         average = Average(method.student, recipe.ema.decay, recipe.ema.warmup) if recipe.ema.decay > 0 else None
         prober = Prober(task, mix(recipe.seed, "probe"), method.makes)
@@ -111,7 +112,9 @@ class Trainer:
                     for other_name, other in players.items():
                         other.learns(other_name == name)
                     parts = self._turn(method, name, step, turn, task, pairs)
-                    norm, bad = player.update(factor(recipe.schedule_of(name), step, steps))
+                    rounding = mix(recipe.seed, "stage", self.stage, "rounding", step, turn)
+                    norm, bad = player.update(factor(recipe.schedule_of(name), step, steps), rounding)
+                    prepared.rest()
                     skipped += bad
                     in_a_row = (in_a_row + 1) * bad
                     lines.update({f"{name}/{k}": v for k, v in parts.items()})
@@ -146,6 +149,7 @@ class Trainer:
         self.seconds += time.perf_counter() - began
         for player in players.values():
             player.learns(True)
+        prepared.finish()
         if average is not None:
             average.apply()
         self.watch.finish(self.label)
@@ -185,16 +189,6 @@ class Trainer:
         else:
             batch = task.batch(size, seed, position, turn)
         return batch if self.device.type == "cpu" else batch.to(self.device)
-
-    def _prepare(self, method: Method) -> None:
-        precision = self.recipe.precision
-        if precision.channels_last:
-            method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if precision.compile:
-            for module in method.modules():
-                net = getattr(module, "net", None)
-                if isinstance(net, nn.Module):
-                    net.compile()
 
     # -- looking, logging, stopping ------------------------------------------------------------
 
