@@ -1,0 +1,201 @@
+"""What a training step holds and computes, counted tensor by tensor; and what this process holds."""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path as File
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..cond import Cond
+from ..method import Batch, Method
+from ..rng import Rng
+from ..tasks.base import Task
+from .average import Average
+from .player import Player
+from .precision import Prepared
+from .recipe import Recipe
+
+
+class Ledger(TorchDispatchMode):
+    """Counts the bytes of tensors that are made while it is on: how many live now, and at most.
+
+    What was there before does not count. A view costs nothing; memory that a library takes inside one
+    operation is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for given in tree_leaves((args, kwargs)):
+            if isinstance(given, Tensor):
+                self._meet(given, new=False)
+        answer = func(*args, **(kwargs or {}))
+        for made in tree_leaves(answer):
+            if isinstance(made, Tensor):
+                self._meet(made, new=True)
+        return answer
+
+    def _meet(self, tensor: Tensor, new: bool) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._sizes:
+            return
+        self._sizes[key] = storage.nbytes() if new else 0
+        self.now += self._sizes[key]
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._gone, key).atexit = False
+
+    def _gone(self, key: int) -> None:
+        self.now -= self._sizes.pop(key, 0)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """A training step of ``rows`` rows: the most bytes that it holds beyond weights, data and libraries (so
+    gradients, moments, averages, activations), and the floating point operations of each player's turn."""
+
+    rows: int
+    peak: int
+    flops: dict[str, int]
+
+
+def footprint(
+    method: Method, task: Task, recipe: Recipe, rows: int, device: str = "cpu", fake: bool = False
+) -> Footprint:
+    """Run every player's turn twice on a small batch and count.
+
+    The second turn meets the moments that the first made. With ``fake`` nothing is computed and no memory is
+    taken: tensors have a shape alone, so that a network of any size can be counted; the method's weights are
+    gone afterwards. The method learns nothing (the rate is 0) but is otherwise used up.
+    """
+    precision = recipe.precision.model_copy(update={"compile": False})
+    batch = _batch(method, task, recipe, rows)
+    with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext() as mode:
+        if fake:
+            _without_weights(method, mode)
+        method.train()
+        prepared = Prepared(method, precision, device)
+        batch = batch if device == "cpu" or fake else batch.to(device)
+        ledger, flops = Ledger(), {}
+        with ledger:
+            players = {name: Player(getattr(method, name), recipe.optim_of(name)) for name in method.players}
+            kept: list[Any] = [Average(method.student, 0.9)] if recipe.ema.decay > 0 else []
+            if fake:  # an update computes with values; its moments have a shape
+                every = [p for one in players.values() for p in one.parameters]
+                kept += [torch.zeros_like(p, dtype=torch.float32) for p in every * 2]
+            for turn in (0, 1):
+                for name in dict.fromkeys(method.turns(0)):
+                    for other, player in players.items():
+                        player.learns(other == name)
+                    with FlopCounterMode(display=False) as counter:
+                        for part in range(min(2, recipe.parallel.accumulate)):
+                            rng = Rng("plan", part, device="cpu" if fake else device)
+                            kind = "cpu" if fake else torch.device(device).type
+                            with torch.autocast(kind, torch.bfloat16, enabled=precision.dtype == "bfloat16"):
+                                loss = method.loss(name, batch, rng)
+                            loss.total.backward()  # type: ignore[no-untyped-call]
+                            del loss
+                    flops[name] = counter.get_total_flops() // min(2, recipe.parallel.accumulate)
+                    if fake:
+                        players[name].optimiser.zero_grad()
+                        for parameter in players[name].parameters:
+                            parameter.grad = None
+                    else:
+                        players[name].update(0.0)
+                    prepared.rest()
+                    if kept and not fake:
+                        kept[0].update()
+        if not fake:
+            prepared.finish()
+    for player in players.values():
+        player.learns(True)
+    return Footprint(rows, ledger.peak, flops)
+
+
+def _batch(method: Method, task: Task, recipe: Recipe, rows: int) -> Batch:
+    batch = task.batch(rows, recipe.seed, 0)
+    return batch if method.pairs() is None else Batch(batch.data, batch.cond, batch.noise, batch.data)
+
+
+def _without_weights(module: nn.Module, mode: Any) -> None:
+    """Every parameter and buffer by one of the same shape that holds nothing; what was shared stays shared."""
+    made: dict[int, Any] = {}
+    for part in module.modules():
+        for table in (part._parameters, part._buffers):
+            for name, value in table.items():
+                if value is not None:
+                    table[name] = made.setdefault(id(value), mode.from_tensor(value))  # type: ignore[index]
+
+
+def affine(one: Footprint, two: Footprint, rows: int) -> int:
+    """The peak at a number of rows, from two smaller ones: a share that is there once and one for each row.
+
+    >>> affine(Footprint(1, 150, {}), Footprint(2, 200, {}), 10)
+    600
+    """
+    slope = (two.peak - one.peak) / (two.rows - one.rows) if two.rows != one.rows else 0.0
+    return max(0, round(one.peak + slope * (rows - one.rows)))
+
+
+def size(value: Any) -> int:
+    """Bytes of a module's weights and buffers, each once; of a tensor, a condition, or nothing."""
+    if isinstance(value, nn.Module):
+        found = {id(t): t for t in (*value.parameters(), *value.buffers())}
+        return sum(t.numel() * t.element_size() for t in found.values())
+    if isinstance(value, dict):
+        return sum(size(v) for v in value.values())
+    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
+
+
+def size_of_rows(shape: tuple[int, ...], cond: Cond) -> int:
+    """Bytes of one float32 sample with its condition."""
+    count = len(next(iter(cond.values()))) if isinstance(cond, dict) else 1 if cond is None else len(cond)
+    return 4 * int(torch.Size(shape).numel()) + size(cond) // max(count, 1)
+
+
+class Meter:
+    """Memory of this process: resident on a CPU, allocated on an NVIDIA GPU; ``peak`` since the last ``reset``."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device if torch.device(device).type == "cuda" else None
+
+    def now(self) -> int:
+        return torch.cuda.memory_allocated(self.cuda) if self.cuda else _resident("VmRSS")
+
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated(self.cuda) if self.cuda else _resident("VmHWM")
+
+    def reset(self) -> None:
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats(self.cuda)
+            return
+        try:
+            File("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            pass  # then a peak is since the beginning, which is too much rather than too little
+
+
+def _resident(what: str) -> int:
+    try:
+        for line in File("/proc/self/status").read_text().splitlines():
+            if line.startswith(what):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import resource
+    import sys
+
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024
