@@ -10,10 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..cond import Cond
 from ..method import Batch, Method
@@ -72,19 +70,21 @@ class Footprint:
 
 
 def footprint(
-    method: Method, task: Task, recipe: Recipe, rows: int, device: str = "cpu", fake: bool = False
+    method: Method, task: Task, recipe: Recipe, rows: int, device: str = "cpu", fake: Any = None
 ) -> Footprint:
     """Run every player's turn twice on a small batch and count.
 
-    The second turn meets the moments that the first made. With ``fake`` nothing is computed and no memory is
-    taken: tensors have a shape alone, so that a network of any size can be counted; the method's weights are
-    gone afterwards. The method learns nothing (the rate is 0) but is otherwise used up.
+    The second turn meets the moments that the first made. With ``fake``, a ``shapes_alone()``, nothing is computed
+    and no memory is taken: tensors have a shape alone, so that a network of any size can be counted; the method's
+    weights are gone afterwards. The method learns nothing (the rate is 0) but is otherwise used up.
     """
+    from torch.utils.flop_counter import FlopCounterMode
+
     precision = recipe.precision.model_copy(update={"compile": False})
     batch = _batch(method, task, recipe, rows)
-    with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext() as mode:
+    with fake or nullcontext():
         if fake:
-            _without_weights(method, mode)
+            without_weights(method, fake)
         method.train()
         prepared = Prepared(method, precision, device)
         batch = batch if device == "cpu" or fake else batch.to(device)
@@ -95,11 +95,12 @@ def footprint(
             if fake:  # an update computes with values; its moments have a shape
                 every = [p for one in players.values() for p in one.parameters]
                 kept += [torch.zeros_like(p, dtype=torch.float32) for p in every * 2]
-            for turn in (0, 1):
+            for counting in (True, False):
+                ledger.peak = ledger.now  # the counter of operations keeps tensors for itself
                 for name in dict.fromkeys(method.turns(0)):
                     for other, player in players.items():
                         player.learns(other == name)
-                    with FlopCounterMode(display=False) as counter:
+                    with FlopCounterMode(display=False) if counting else nullcontext() as counter:
                         for part in range(min(2, recipe.parallel.accumulate)):
                             rng = Rng("plan", part, device="cpu" if fake else device)
                             kind = "cpu" if fake else torch.device(device).type
@@ -107,7 +108,8 @@ def footprint(
                                 loss = method.loss(name, batch, rng)
                             loss.total.backward()  # type: ignore[no-untyped-call]
                             del loss
-                    flops[name] = counter.get_total_flops() // min(2, recipe.parallel.accumulate)
+                    if counter is not None:
+                        flops[name] = counter.get_total_flops() // min(2, recipe.parallel.accumulate)
                     if fake:
                         players[name].optimiser.zero_grad()
                         for parameter in players[name].parameters:
@@ -124,18 +126,45 @@ def footprint(
     return Footprint(rows, ledger.peak, flops)
 
 
+def kept(method: Method, task: Task, recipe: Recipe, rows: int) -> int:
+    """Bytes that the turns of a small batch keep for their way back, at most: a first guess that costs little."""
+    batch, weights, most = _batch(method, task, recipe, rows), {id(p) for p in method.parameters()}, 0
+    device = next((p.device for p in method.student.parameters()), torch.device("cpu"))
+    for name in dict.fromkeys(method.turns(0)):
+        sizes: dict[int, int] = {}
+
+        def keep(x: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+            if id(x) not in weights and (x._base is None or id(x._base) not in weights):
+                sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            method.loss(name, batch.to(device), Rng("plan", device=device))
+        most = max(most, sum(sizes.values()))
+    return most
+
+
 def _batch(method: Method, task: Task, recipe: Recipe, rows: int) -> Batch:
     batch = task.batch(rows, recipe.seed, 0)
     return batch if method.pairs() is None else Batch(batch.data, batch.cond, batch.noise, batch.data)
 
 
-def _without_weights(module: nn.Module, mode: Any) -> None:
+def shapes_alone() -> Any:
+    """A mode in which tensors have a shape and no values; tensors with values that come in lose them."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def without_weights(module: nn.Module, mode: Any) -> None:
     """Every parameter and buffer by one of the same shape that holds nothing; what was shared stays shared."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
     made: dict[int, Any] = {}
     for part in module.modules():
         for table in (part._parameters, part._buffers):
             for name, value in table.items():
-                if value is not None:
+                if value is not None and not isinstance(value, FakeTensor):
                     table[name] = made.setdefault(id(value), mode.from_tensor(value))  # type: ignore[index]
 
 
