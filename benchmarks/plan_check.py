@@ -88,7 +88,8 @@ def check(name: str, folder: Path) -> dict[str, Any]:
         file.write_text(tomlkit.dumps(LARGE), encoding="utf-8")
         what = str(file)
     else:
-        changes = [*changes, f"evaluate.protocol={tomlkit.item(SHORT).as_string()}", "evaluate.fresh=true"]
+        protocol = ", ".join(f"{key} = {json.dumps(value)}" for key, value in SHORT.items())
+        changes = [*changes, f"evaluate.protocol={{ {protocol} }}", "evaluate.fresh=true"]
     planned = fresh(what, changes, folder, "plan")
     taken = fresh(what, changes, folder / "run", "distill")
     processor = sum(phase["processor_seconds"] for phase in planned["phases"])

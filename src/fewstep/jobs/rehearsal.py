@@ -181,11 +181,9 @@ def evaluation_phase(clock: Clock, begin: Mark, end: Mark, recipe: Recipe, setti
         borders = [*said, finished[0]]
         draws, figures, calls = [], [], []
         for one, other in zip(borders[:-1], borders[1:], strict=True):
-            inside = [
-                m for m in marks if m.kind == "advance" and m.label == "evaluate" and one.wall <= m.wall <= other.wall
-            ]
+            inside = [m for m in drawn if one.wall <= m.wall <= other.wall]
             last = inside[-1] if inside else one
-            before = [m.done for m in marks if m.kind == "advance" and m.label == "evaluate" and m.wall < one.wall]
+            before = [m.done for m in drawn if m.wall < one.wall]
             draws.append(at(last) - at(one))
             figures.append(at(other) - at(last))
             calls.append(last.done - (before[-1] if before else 0))

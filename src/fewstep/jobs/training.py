@@ -23,6 +23,7 @@ from ..train.pairs import Pairs
 from ..train.recipe import Recipe, load_recipe, write_recipe
 from ..train.store import load_state, save_state, write_text
 from ..train.trainer import Nobody, Trainer, Watch
+from .bits import bits_of_run
 from .consent import consent
 from .setting import Setting, game, prepare
 
@@ -167,6 +168,9 @@ def distill(
     setting = prepare(recipe, run, device, eyes, resume)
     _open_run(recipe, run, resume, device, accepted)
     student, facts = _learn(recipe, run, setting, resume, device, eyes, "distill")
+    if recipe.precision.dtype == "bfloat16":
+        facts["drift"] = bits_of_run(student, setting.task, device)
+        eyes.say(facts["drift"]["line"])
     report = None
     if recipe.evaluate.enabled:
         report = _evaluated(recipe, run, setting, student, facts, eyes)
