@@ -222,15 +222,13 @@ def _short(recipe: Recipe, setting: Setting) -> Recipe:
 
 def _count(part: Recipe, setting: Setting, fake: Any) -> tuple[dict[str, Any], Footprint, Footprint]:
     """A stage's facts and the footprints of one row and of two, from shapes alone."""
-    with fake:
-        if setting.raw is not None:
-            without_weights(setting.raw, fake)
-        method = _built(part, setting)
+    if setting.raw is not None:
+        without_weights(setting.raw, fake)
+    method = _built(part, setting)
     facts = _facts(part, method)
     one = footprint(method, setting.task, part, 1, fake=fake)
     two = footprint(method, setting.task, part, 2, fake=fake)
-    with fake:
-        facts["turns"] = {name: method.turns(0).count(name) for name in method.players}
+    facts["turns"] = {name: method.turns(0).count(name) for name in method.players}
     return facts, one, two
 
 

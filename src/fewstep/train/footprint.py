@@ -82,45 +82,47 @@ def footprint(
 
     precision = recipe.precision.model_copy(update={"compile": False})
     batch = _batch(method, task, recipe, rows)
-    with fake or nullcontext():
-        if fake:
-            without_weights(method, fake)
-        method.train()
-        prepared = Prepared(method, precision, device)
-        batch = batch if device == "cpu" or fake else batch.to(device)
-        ledger, flops = Ledger(), {}
-        with ledger:
-            players = {name: Player(getattr(method, name), recipe.optim_of(name)) for name in method.players}
-            kept: list[Any] = [Average(method.student, 0.9)] if recipe.ema.decay > 0 else []
-            if fake:  # an update computes with values; its moments have a shape
-                every = [p for one in players.values() for p in one.parameters]
-                kept += [torch.zeros_like(p, dtype=torch.float32) for p in every * 2]
-            for counting in (True, False):
-                ledger.peak = ledger.now  # the counter of operations keeps tensors for itself
-                for name in dict.fromkeys(method.turns(0)):
-                    for other, player in players.items():
-                        player.learns(other == name)
-                    with FlopCounterMode(display=False) if counting else nullcontext() as counter:
-                        for part in range(min(2, recipe.parallel.accumulate)):
-                            rng = Rng("plan", part, device="cpu" if fake else device)
-                            kind = "cpu" if fake else torch.device(device).type
-                            with torch.autocast(kind, torch.bfloat16, enabled=precision.dtype == "bfloat16"):
-                                loss = method.loss(name, batch, rng)
-                            loss.total.backward()  # type: ignore[no-untyped-call]
-                            del loss
-                    if counter is not None:
-                        flops[name] = counter.get_total_flops() // min(2, recipe.parallel.accumulate)
-                    if fake:
-                        players[name].optimiser.zero_grad()
-                        for parameter in players[name].parameters:
-                            parameter.grad = None
-                    else:
-                        players[name].update(0.0)
-                    prepared.rest()
-                    if kept and not fake:
-                        kept[0].update()
-        if not fake:
-            prepared.finish()
+    if fake:
+        without_weights(method, fake)
+    method.train()
+    prepared = Prepared(method, precision, device)
+    batch = batch if device == "cpu" or fake else batch.to(device)
+    if fake:  # what meets a tensor without values has none; the rest, a grid of times say, is computed
+        parts = (batch.data, batch.cond, batch.noise, batch.target)
+        batch = Batch(*(map_of(part, fake.from_tensor) for part in parts))
+    ledger, flops = Ledger(), {}
+    with ledger:
+        players = {name: Player(getattr(method, name), recipe.optim_of(name)) for name in method.players}
+        kept: list[Any] = [Average(method.student, 0.9)] if recipe.ema.decay > 0 else []
+        if fake:  # an update computes with values; its moments have a shape
+            every = [p for one in players.values() for p in one.parameters]
+            kept += [torch.zeros_like(p, dtype=torch.float32) for p in every * 2]
+        for counting in (True, False):
+            ledger.peak = ledger.now  # the counter of operations keeps tensors for itself
+            for name in dict.fromkeys(method.turns(0)):
+                for other, player in players.items():
+                    player.learns(other == name)
+                with FlopCounterMode(display=False) if counting else nullcontext() as counter:
+                    for part in range(min(2, recipe.parallel.accumulate)):
+                        rng = Rng("plan", part, device="cpu" if fake else device)
+                        kind = "cpu" if fake else torch.device(device).type
+                        with torch.autocast(kind, torch.bfloat16, enabled=precision.dtype == "bfloat16"):
+                            loss = method.loss(name, batch, rng)
+                        loss.total.backward()  # type: ignore[no-untyped-call]
+                        del loss
+                if counter is not None:
+                    flops[name] = counter.get_total_flops() // min(2, recipe.parallel.accumulate)
+                if fake:
+                    players[name].optimiser.zero_grad()
+                    for parameter in players[name].parameters:
+                        parameter.grad = None
+                else:
+                    players[name].update(0.0)
+                prepared.rest()
+                if kept and not fake:
+                    kept[0].update()
+    if not fake:
+        prepared.finish()
     for player in players.values():
         player.learns(True)
     return Footprint(rows, ledger.peak, flops)
@@ -147,6 +149,13 @@ def kept(method: Method, task: Task, recipe: Recipe, rows: int) -> int:
 def _batch(method: Method, task: Task, recipe: Recipe, rows: int) -> Batch:
     batch = task.batch(rows, recipe.seed, 0)
     return batch if method.pairs() is None else Batch(batch.data, batch.cond, batch.noise, batch.data)
+
+
+def map_of(value: Cond, change: Any) -> Any:
+    """A tensor, a dictionary of them, or nothing, changed."""
+    if isinstance(value, dict):
+        return {name: change(one) for name, one in value.items()}
+    return value if value is None else change(value)
 
 
 def shapes_alone() -> Any:
