@@ -14,7 +14,7 @@ from torch import nn
 from .. import machine
 from ..method import Method
 from ..train.build import make_student, method_class
-from ..train.footprint import Footprint, Meter, affine, footprint, kept, shapes_alone, size, without_weights
+from ..train.footprint import Footprint, Meter, footprint, kept, shapes_alone, size, without_weights
 from ..train.recipe import Recipe, load_recipe
 from ..train.trainer import Nobody
 from . import training
@@ -220,16 +220,14 @@ def _short(recipe: Recipe, setting: Setting) -> Recipe:
 # -- a count, where it does not fit -----------------------------------------------------------------
 
 
-def _count(part: Recipe, setting: Setting, fake: Any) -> tuple[dict[str, Any], Footprint, Footprint]:
-    """A stage's facts and the footprints of one row and of two, from shapes alone."""
+def _count(part: Recipe, setting: Setting, fake: Any) -> tuple[dict[str, Any], Footprint]:
+    """A stage's facts and the footprint of a step, from shapes alone, which cost the same at any batch."""
     if setting.raw is not None:
         without_weights(setting.raw, fake)
     method = _built(part, setting)
     facts = _facts(part, method)
-    one = footprint(method, setting.task, part, 1, fake=fake)
-    two = footprint(method, setting.task, part, 2, fake=fake)
     facts["turns"] = {name: method.turns(0).count(name) for name in method.players}
-    return facts, one, two
+    return facts, footprint(method, setting.task, part, part.batch, fake=fake)
 
 
 def _counted(recipe: Recipe, setting: Setting, device: str, loading: Phase) -> tuple[list[dict[str, Any]], list[Phase]]:
@@ -237,13 +235,10 @@ def _counted(recipe: Recipe, setting: Setting, device: str, loading: Phase) -> t
     rate = machine.matrix_rate(device, recipe.precision.dtype) * SHARE
     for index in range(len(recipe.stages) + 1):
         part = recipe.stage(index)
-        facts, one, two = _count(part, setting, fake)
-        operations = sum(
-            facts["turns"][name] * (one.flops[name] + (two.flops[name] - one.flops[name]) * (part.batch - 1))
-            for name in one.flops
-        )
+        facts, step = _count(part, setting, fake)
+        operations = sum(facts["turns"][name] * count for name, count in step.flops.items())
         seconds = operations * part.parallel.accumulate * part.steps / rate
-        peak = facts["states"]["weights"] + affine(one, two, part.batch)
+        peak = facts["states"]["weights"] + step.peak
         parts.append(facts)
         phases.append(Phase("training" + (f" {index + 1}" if recipe.stages else ""), seconds, seconds, peak))
     return parts, phases
@@ -254,10 +249,9 @@ def _options(part: Recipe, setting: Setting, device: str, peak: int, limit: int)
     fake = shapes_alone()
 
     def at(one: Recipe) -> tuple[int, dict[str, Any], int]:
-        facts, few, more = _count(one, setting, fake)
-        states = sum(facts["states"].values()) - facts["states"]["weights"]
-        whole = affine(few, more, one.batch)
-        return facts["states"]["weights"] + whole, facts, max(0, whole - states)
+        facts, step = _count(one, setting, fake)
+        weights = facts["states"]["weights"]
+        return weights + step.peak, facts, max(0, weights + step.peak - sum(facts["states"].values()))
 
     base, facts, passing = at(part)
     rest = max(0, peak - base)  # libraries, data, what the count does not see

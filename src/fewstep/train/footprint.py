@@ -19,7 +19,7 @@ from ..rng import Rng
 from ..tasks.base import Task
 from .average import Average
 from .player import Player
-from .precision import Prepared
+from .precision import Prepared, networks
 from .recipe import Recipe
 
 
@@ -84,28 +84,37 @@ def footprint(
     batch = _batch(method, task, recipe, rows)
     if fake:
         without_weights(method, fake)
+        if precision.weights == "bfloat16":
+            for name in method.players:
+                _narrowed(getattr(method, name))
+            precision = precision.model_copy(update={"weights": "float32"})  # as far as casting goes
     method.train()
     prepared = Prepared(method, precision, device)
     batch = batch if device == "cpu" or fake else batch.to(device)
     if fake:  # what meets a tensor without values has none; the rest, a grid of times say, is computed
         parts = (batch.data, batch.cond, batch.noise, batch.target)
         batch = Batch(*(map_of(part, fake.from_tensor) for part in parts))
+    kind, home = ("cpu", "cpu") if fake else (torch.device(device).type, device)
+    learning = {name: [p for p in getattr(method, name).parameters() if p.requires_grad] for name in method.players}
     ledger, flops = Ledger(), {}
     with ledger:
-        players = {name: Player(getattr(method, name), recipe.optim_of(name)) for name in method.players}
-        kept: list[Any] = [Average(method.student, 0.9)] if recipe.ema.decay > 0 else []
+        players, average, moments = {}, None, []
         if fake:  # an update computes with values; its moments have a shape
-            every = [p for one in players.values() for p in one.parameters]
-            kept += [torch.zeros_like(p, dtype=torch.float32) for p in every * 2]
+            moments = [torch.zeros_like(p, dtype=torch.float32) for every in learning.values() for p in every * 2]
+            if recipe.ema.decay > 0:
+                moments += [torch.zeros_like(p, dtype=torch.float32) for p in method.student.parameters()]
+        else:
+            players = {name: Player(getattr(method, name), recipe.optim_of(name)) for name in method.players}
+            average = Average(method.student, 0.9) if recipe.ema.decay > 0 else None
         for counting in (True, False):
             ledger.peak = ledger.now  # the counter of operations keeps tensors for itself
             for name in dict.fromkeys(method.turns(0)):
-                for other, player in players.items():
-                    player.learns(other == name)
+                for other, parameters in learning.items():
+                    for parameter in parameters:
+                        parameter.requires_grad_(other == name)
                 with FlopCounterMode(display=False) if counting else nullcontext() as counter:
                     for part in range(min(2, recipe.parallel.accumulate)):
-                        rng = Rng("plan", part, device="cpu" if fake else device)
-                        kind = "cpu" if fake else torch.device(device).type
+                        rng = Rng("plan", part, device=home)
                         with torch.autocast(kind, torch.bfloat16, enabled=precision.dtype == "bfloat16"):
                             loss = method.loss(name, batch, rng)
                         loss.total.backward()  # type: ignore[no-untyped-call]
@@ -113,19 +122,28 @@ def footprint(
                 if counter is not None:
                     flops[name] = counter.get_total_flops() // min(2, recipe.parallel.accumulate)
                 if fake:
-                    players[name].optimiser.zero_grad()
-                    for parameter in players[name].parameters:
+                    for parameter in learning[name]:
                         parameter.grad = None
                 else:
                     players[name].update(0.0)
                 prepared.rest()
-                if kept and not fake:
-                    kept[0].update()
-    if not fake:
-        prepared.finish()
-    for player in players.values():
-        player.learns(True)
+                if average is not None:
+                    average.update()
+    prepared.finish()
+    for parameters in learning.values():
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+    del moments
     return Footprint(rows, ledger.peak, flops)
+
+
+def _narrowed(module: nn.Module) -> None:
+    """The parameters of a module's networks in bfloat16, where they have no values."""
+    for net in networks(module):
+        for part in net.modules():
+            for name, value in part._parameters.items():
+                if value is not None and value.dtype == torch.float32:
+                    part._parameters[name] = nn.Parameter(value.detach().bfloat16(), requires_grad=value.requires_grad)
 
 
 def kept(method: Method, task: Task, recipe: Recipe, rows: int) -> int:
@@ -175,16 +193,6 @@ def without_weights(module: nn.Module, mode: Any) -> None:
             for name, value in table.items():
                 if value is not None and not isinstance(value, FakeTensor):
                     table[name] = made.setdefault(id(value), mode.from_tensor(value))  # type: ignore[index]
-
-
-def affine(one: Footprint, two: Footprint, rows: int) -> int:
-    """The peak at a number of rows, from two smaller ones: a share that is there once and one for each row.
-
-    >>> affine(Footprint(1, 150, {}), Footprint(2, 200, {}), 10)
-    600
-    """
-    slope = (two.peak - one.peak) / (two.rows - one.rows) if two.rows != one.rows else 0.0
-    return max(0, round(one.peak + slope * (rows - one.rows)))
 
 
 def size(value: Any) -> int:

@@ -113,7 +113,7 @@ class Player:
 def narrow(parameter: Tensor) -> bool:
     """Whether a parameter has fewer than 32 bits; Refused where it cannot be rounded at random."""
     if parameter.dtype == torch.bfloat16:
-        if type(parameter.data) is not Tensor:
+        if hasattr(parameter, "full_tensor"):  # a part of a weight that is spread over processes
             raise Refused("precision.weights = 'bfloat16' does not go with sharded weights: take float32")
         return True
     if parameter.dtype == torch.float16:
