@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .. import machine
+from ..errors import Failed
 from ..method import Method
 from ..train.build import make_student, method_class
 from ..train.footprint import Footprint, Meter, footprint, kept, shapes_alone, size, without_weights
@@ -66,7 +67,13 @@ def plan(recipe: Recipe, *, device: str = "cpu", memory: float | None = None) ->
             parts, phases = _counted(recipe, setting, device, loading)
         peak = max(phase.memory for phase in phases)
         fits = peak <= limit
-        options = [] if fits else _options(first, setting, device, peak, limit)
+        try:
+            options = [] if fits else _options(first, setting, device, peak, limit)
+        except RuntimeError as error:  # a network whose values decide what it computes
+            reason = (str(error).splitlines() or [""])[0][:100]
+            raise Failed(
+                f"{peak / MB:.0f} MiB do not fit {limit / MB:.0f}, and no step can be counted: {reason}"
+            ) from error
     licence = setting.teacher.licence if setting.teacher is not None else "unknown"
     seconds = sum(phase.seconds for phase in phases)
     return {
@@ -232,13 +239,14 @@ def _count(part: Recipe, setting: Setting, fake: Any) -> tuple[dict[str, Any], F
 
 def _counted(recipe: Recipe, setting: Setting, device: str, loading: Phase) -> tuple[list[dict[str, Any]], list[Phase]]:
     fake, parts, phases = shapes_alone(), [], [loading]
+    there = max(0, loading.memory - size(setting.raw)) if device == "cpu" else 0  # libraries and data
     rate = machine.matrix_rate(device, recipe.precision.dtype) * SHARE
     for index in range(len(recipe.stages) + 1):
         part = recipe.stage(index)
         facts, step = _count(part, setting, fake)
         operations = sum(facts["turns"][name] * count for name, count in step.flops.items())
         seconds = operations * part.parallel.accumulate * part.steps / rate
-        peak = facts["states"]["weights"] + step.peak
+        peak = there + facts["states"]["weights"] + step.peak
         parts.append(facts)
         phases.append(Phase("training" + (f" {index + 1}" if recipe.stages else ""), seconds, seconds, peak))
     return parts, phases

@@ -189,6 +189,8 @@ def without_weights(module: nn.Module, mode: Any) -> None:
 
     made: dict[int, Any] = {}
     for part in module.modules():
+        if not any(True for _ in part.parameters()):
+            continue  # an exact law: small, and its values decide what it computes
         for table in (part._parameters, part._buffers):
             for name, value in table.items():
                 if value is not None and not isinstance(value, FakeTensor):
