@@ -24,7 +24,7 @@ from typer.core import TyperGroup
 from . import __version__
 from .errors import Failed, Interrupted, MissingExtra, Refused
 from .machine import EXTRAS, examine, pick_device, set_threads
-from .screen import Screen, lines_of, report_text, table
+from .screen import Screen, lines_of, plan_text, report_text, table
 
 if TYPE_CHECKING:
     from .train.recipe import Recipe
@@ -46,6 +46,9 @@ Overrides = Annotated[
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the run.")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Where to write.")]
+Accept = Annotated[
+    bool, typer.Option("--accept-licence", help="Go on although the teacher's licence forbids something.")
+]
 
 
 # Recipes and run folders
@@ -144,6 +147,16 @@ def _decided(work: Callable[[], Path]) -> Path:
     from .train.processes import alone
 
     return alone(work)
+
+
+def _accepted(recipe: Recipe, run: Path, given: bool, resume: bool) -> bool:
+    """Whether a restrictive licence was accepted: by the option, or by a person at a terminal who is asked."""
+    from .jobs.consent import question
+
+    line = None if given or (resume and (run / "recipe.toml").exists()) else question(recipe)
+    if line is None or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return given
+    return typer.confirm(f"{line}. Go on?", err=True)
 
 
 # Exit codes
@@ -374,6 +387,10 @@ def plan(
     overrides: Overrides = None,
     data: Data = None,
     method: MethodName = None,
+    memory: Annotated[
+        float | None,
+        typer.Option(min=0.01, metavar="GIB", help="Of the device to plan for [default: this one's]."),
+    ] = None,
     seed: Seed = None,
     device: Device = "auto",
     threads: Threads = None,
@@ -383,18 +400,21 @@ def plan(
 ) -> None:
     """Check a recipe and predict parameters, memory and time, without training.
 
+    Also: what would make it fit where it does not, and the licences that the student inherits.
+
     \b
     Examples:
       fewstep plan digits
       fewstep plan mine.toml steps=2000 optim.lr=1e-3
+      fewstep plan mine.toml --memory 24
     """
     screen, place = Screen(quiet, verbose, json), pick_device(device)
     recipe = _recipe(what, overrides, seed, data, method)
     from . import jobs
 
     set_threads(threads)
-    result = jobs.plan(recipe, device=place)
-    screen.result(result, lines_of(result))
+    result = jobs.plan(recipe, device=place, memory=memory)
+    screen.result(result, plan_text(result))
 
 
 @command
@@ -403,6 +423,7 @@ def train(
     overrides: Overrides = None,
     out: Out = None,
     resume: Resume = False,
+    accept_licence: Accept = False,
     seed: Seed = None,
     device: Device = "auto",
     threads: Threads = None,
@@ -424,8 +445,9 @@ def train(
     from . import jobs
 
     set_threads(threads)
+    accepted = _accepted(chosen, run, accept_licence, resume)
     with screen, _resumable("train", run):
-        result = jobs.train(chosen, run, resume=resume, device=place, watch=screen)
+        result = jobs.train(chosen, run, resume=resume, device=place, watch=screen, accept_licence=accepted)
     screen.result({"run": run, **result}, f"{lines_of(result)}\nrun: {run}")
 
 
@@ -437,6 +459,7 @@ def distill(
     method: MethodName = None,
     out: Out = None,
     resume: Resume = False,
+    accept_licence: Accept = False,
     seed: Seed = None,
     device: Device = "auto",
     threads: Threads = None,
@@ -462,8 +485,9 @@ def distill(
     from . import jobs
 
     set_threads(threads)
+    accepted = _accepted(recipe, run, accept_licence, resume)
     with screen, _resumable("distill", run):
-        report = jobs.distill(recipe, run, resume=resume, device=place, watch=screen)
+        report = jobs.distill(recipe, run, resume=resume, device=place, watch=screen, accept_licence=accepted)
     page = run / "report" / "index.html"
     screen.result({"run": run, **report}, report_text(report, page if page.is_file() else None) or f"run: {run}")
 
@@ -655,15 +679,33 @@ def check(
 
 
 @command
-def doctor(json: Json = False, quiet: Quiet = False, verbose: Verbose = 0) -> None:
+def doctor(
+    model: Annotated[
+        str | None, typer.Argument(help="A student folder, a run or a teacher: are 16 bits enough for it?")
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
     """Look at this machine: versions, extras, devices, how many threads pay, packages that harm each other.
+
+    With a model, also whether 16 bits are enough for it: how far the law of its samples moves in bfloat16, beside
+    how much two draws of it differ.
 
     \b
     Examples:
       fewstep doctor
       fewstep doctor --json
+      fewstep doctor runs/digits/student
     """
+    drift = None
+    if model is not None:
+        from . import jobs
+
+        drift = jobs.bits(model)
     facts = examine()
+    if drift is not None:
+        facts["precision"] = drift
     shown = dict(facts)
     shown["extras"] = {
         name: f"missing {', '.join(missing)}: pip install 'fewstep[{name}]'" if missing else "installed"
@@ -677,6 +719,8 @@ def doctor(json: Json = False, quiet: Quiet = False, verbose: Verbose = 0) -> No
         },
         "advice": threads["advice"],
     }
+    if drift is not None:
+        shown["precision"] = drift["line"]
     warnings = shown.pop("warnings")
     text = "\n".join([lines_of(shown), *(f"warning: {line}" for line in warnings)])
     Screen(quiet, verbose, json).result(facts, text)

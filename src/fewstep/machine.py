@@ -124,6 +124,46 @@ def set_threads(count: int | None = None) -> int:
     return torch.get_num_threads()
 
 
+def memory(device: str) -> int:
+    """Bytes that a job may take on a device: all of a GPU's, what is free of the host's, within container limits.
+
+    >>> memory("cpu") > 2**20
+    True
+    """
+    kind, _, number = device.partition(":")
+    if kind in ("cuda", "mps"):
+        import torch
+
+        if kind == "cuda":
+            return int(torch.cuda.get_device_properties(int(number or 0)).total_memory)
+        return int(torch.mps.recommended_max_memory())
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**33
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable"):
+                free = int(line.split()[1]) * 1024
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
+        if limit != "max":
+            free = min(free, max(int(limit) - int(used), 0))
+    except (OSError, ValueError):
+        pass  # no limit
+    return free
+
+
+def matrix_rate(device: str, dtype: str = "float32") -> float:
+    """Floating point operations a second of a large matrix product: the best of five."""
+    import torch
+
+    size = 768 if device == "cpu" else 4096
+    a = torch.randn(size, size, device=device, dtype=getattr(torch, dtype))
+    best = math.inf
+    for _ in range(6):
+        start = time.perf_counter()
+        (a @ a).sum().item()  # reading a number waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
 def version(package: str) -> str | None:
     """The installed version of a package; None where it is not there."""
     from importlib import metadata

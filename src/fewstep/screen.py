@@ -166,3 +166,33 @@ def report_text(report: dict[str, Any], where: Path | None = None) -> str:
     if said[0]:
         lines.append("\n" + "\n".join(said))
     return "\n".join([*lines, *([f"report: {where}"] if where else [])])
+
+
+def plan_text(plan: dict[str, Any]) -> str:
+    """A plan for people: what it is, what each phase costs, whether it fits, what would make it fit, licences."""
+    head = ("recipe", "method", "task", "device", "parameters", "teacher_parameters", "how")
+    lines = [lines_of({key: plan[key] for key in head if key in plan})]
+    phases = [[p["phase"], _duration(p["seconds"]), _size(p["memory_mb"])] for p in plan["phases"]]
+    phases.append(["all", _duration(60 * plan["minutes"]), _size(plan["memory_mb"])])
+    lines += ["", table(["phase", "time", "peak memory"], phases), ""]
+    if plan["fits"]:
+        lines.append(f"fits: {_size(plan['memory_mb'])} of {_size(plan['device_memory_mb'])}")
+    else:
+        lines.append(f"does not fit: {_size(plan['memory_mb'])} of {_size(plan['device_memory_mb'])}")
+        rows = [
+            [o["option"], o["change"], _size(o["memory_mb"]), "yes" if o["fits"] else "no"] for o in plan["options"]
+        ]
+        lines += [table(["what would help", "how", "peak memory", "fits"], rows)] if rows else []
+    for one in plan["licences"]:
+        lines.append(f"licence of {one['source']}: {one['name']} ({one['kind']}): {one['about']}")
+    return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _size(megabytes: float) -> str:
+    return f"{megabytes:.0f} MiB" if megabytes < 10_000 else f"{megabytes / 1024:.1f} GiB"

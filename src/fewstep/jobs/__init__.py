@@ -1,5 +1,6 @@
 """What the commands do: whole jobs, from a recipe or a folder to files. Plain functions, no terminal."""
 
+from .bits import bits
 from .planning import plan
 from .setting import Setting, game, prepare
 from .training import distill, train, unfinished
@@ -8,6 +9,7 @@ from .verifying import scores_of, verify
 
 __all__ = [
     "Setting",
+    "bits",
     "check",
     "compare",
     "distill",

@@ -25,10 +25,12 @@ from ..train.processes import after_first, again, alone, world
 from ..train.recipe import Recipe, load_recipe, write_recipe
 from ..train.store import load_state, open_state, save_state, sweep, write_text
 from ..train.trainer import Nobody, Trainer, Watch, newest
+from .bits import bits_of_run
+from .consent import consent
 from .setting import Setting, game, prepare
 
 
-def _open_run(recipe: Recipe, run: File, resume: bool, device: str) -> None:
+def _open_run(recipe: Recipe, run: File, resume: bool, device: str, accepted: list[str]) -> None:
     file = run / "recipe.toml"
     if resume and file.exists():
         if load_recipe(file).sha256 != recipe.sha256:
@@ -43,6 +45,7 @@ def _open_run(recipe: Recipe, run: File, resume: bool, device: str) -> None:
         "device": device,
         "threads": torch.get_num_threads(),
         "recipe_sha256": recipe.sha256,
+        "accepted_licences": accepted,
     }
     write_text(run / "environment.json", json.dumps(facts, indent=1))
 
@@ -137,14 +140,17 @@ def _teacher_hash(setting: Setting) -> str:
     return digest.hexdigest()
 
 
-def _begin(recipe: Recipe, run: File, resume: bool, device: str, watch: Watch | None) -> tuple[Watch, Setting]:
-    """Clear away what a killed run left, load what the recipe names, open the run folder."""
+def _begin(
+    recipe: Recipe, run: File, resume: bool, device: str, watch: Watch | None, accept_licence: bool
+) -> tuple[Watch, Setting]:
+    """Ask for consent, clear away what a killed run left, load what the recipe names, open the run folder."""
     here = world()
     eyes = watch if watch is not None and here.first else Nobody()
+    accepted = alone(lambda: consent(recipe, run, accept_licence, resume))
     alone(lambda: sweep(run))
     place = "cpu" if recipe.parallel.shard and here.size > 1 else device  # sharded, it may fit no device whole
     setting = prepare(recipe, run, place, eyes, resume)
-    alone(lambda: _open_run(recipe, run, resume, device))
+    alone(lambda: _open_run(recipe, run, resume, device, accepted))
     return eyes, setting
 
 
@@ -180,21 +186,42 @@ def _checkpointed(run: File) -> tuple[Recipe, Setting, Student, dict[str, Any]]:
 
 
 def train(
-    recipe: Recipe, run: File, *, resume: bool = False, device: str = "cpu", watch: Watch | None = None
+    recipe: Recipe,
+    run: File,
+    *,
+    resume: bool = False,
+    device: str = "cpu",
+    watch: Watch | None = None,
+    accept_licence: bool = False,
 ) -> dict[str, Any]:
-    """Train by a recipe and save the model into ``run``: ``teacher/`` or ``student/``. No evaluation."""
-    eyes, setting = _begin(recipe, run, resume, device, watch)
+    """Train by a recipe and save the model into ``run``: ``teacher/`` or ``student/``. No evaluation.
+
+    Refused where a teacher's licence forbids something and it was not accepted.
+    """
+    eyes, setting = _begin(recipe, run, resume, device, watch, accept_licence)
     student, facts = _learn(recipe, run, setting, resume, device, eyes, "train")
     folder = alone(lambda: _save(recipe, run, setting, student, facts, None, eyes))
     return {"model": str(folder), **{k: v for k, v in facts.items() if k != "warnings"}, "warnings": facts["warnings"]}
 
 
 def distill(
-    recipe: Recipe, run: File, *, resume: bool = False, device: str = "cpu", watch: Watch | None = None
+    recipe: Recipe,
+    run: File,
+    *,
+    resume: bool = False,
+    device: str = "cpu",
+    watch: Watch | None = None,
+    accept_licence: bool = False,
 ) -> dict[str, Any]:
-    """The main job: train, evaluate beside the teacher, save, report. Returns ``report.json``'s content."""
-    eyes, setting = _begin(recipe, run, resume, device, watch)
+    """The main job: train, evaluate beside the teacher, save, report. Returns ``report.json``'s content.
+
+    Refused where a teacher's licence forbids something and it was not accepted.
+    """
+    eyes, setting = _begin(recipe, run, resume, device, watch, accept_licence)
     student, facts = _learn(recipe, run, setting, resume, device, eyes, "distill")
+    if recipe.precision.dtype == "bfloat16":
+        facts["drift"] = bits_of_run(student, setting.task, device)
+        eyes.say(facts["drift"]["line"])
     report = None
     if recipe.evaluate.enabled:
         report = _evaluated(recipe, run, setting, student, facts, eyes)

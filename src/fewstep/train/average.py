@@ -21,19 +21,19 @@ class Average:
     def __init__(self, module: nn.Module, decay: float, warmup: float = 10.0) -> None:
         self.decay, self.warmup, self.updates = decay, warmup, 0
         self.names = [name for name, _ in module.named_parameters()]
-        self.weights = [local(p).detach() for p in module.parameters()]
-        self.values: list[Tensor] = [weight.clone() for weight in self.weights]
+        self.weights: list[Tensor] = [local(p) for p in module.parameters()]
+        self.values: list[Tensor] = [_wide(weight.detach().clone()) for weight in self.weights]
 
     @torch.no_grad()
     def update(self) -> None:
         decay = min(self.decay, (1 + self.updates) / (self.warmup + self.updates))
         self.updates += 1
-        torch._foreach_lerp_(self.values, self.weights, 1 - decay)
+        torch._foreach_lerp_(self.values, [_wide(w) for w in self.weights], 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The module with the averaged weights; the learning ones come back afterwards."""
-        kept = [w.clone() for w in self.weights]
+        kept = [w.detach().clone() for w in self.weights]
         self.apply()
         try:
             yield
@@ -59,3 +59,8 @@ class Average:
         self.updates = updates
         for name, value in zip(self.names, self.values, strict=True):
             value.copy_(state[name])
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32: in 16 bits an average of decay 0.999 stands still."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

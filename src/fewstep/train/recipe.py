@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path as File
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ..errors import Refused
 from ..part import Part
@@ -103,9 +103,25 @@ class EmaSection(Part):
 class PrecisionSection(Part):
     """Numbers and memory."""
 
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the passes; weights stay float32")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the passes")
+    weights: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="of what learns; bfloat16: updates in float32, rounded at random; needs dtype = bfloat16",
+    )
     compile: bool = Field(False, description="torch.compile the networks; pays on a GPU")
-    channels_last: bool = False
+    channels_last: bool = Field(False, description="lay pictures out channel by channel; helps convolutions on a GPU")
+    checkpointing: bool = Field(
+        False, description="keep what enters each block and compute the rest again on the way back: less memory"
+    )
+    offload_teacher: bool = Field(
+        False, description="the teacher waits in the host's memory and is on the device while it is asked"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> PrecisionSection:
+        if self.weights == "bfloat16" and self.dtype != "bfloat16":
+            raise ValueError('weights = "bfloat16" needs dtype = "bfloat16"')
+        return self
 
 
 class ParallelSection(Part):

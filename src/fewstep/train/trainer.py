@@ -26,6 +26,7 @@ from ..tasks.base import Task
 from .average import Average
 from .pairs import Pairs
 from .player import Player
+from .precision import Prepared
 from .probe import Prober
 from .processes import (
     Spread,
@@ -120,7 +121,7 @@ class Trainer:
 
     def _fit(self, method: Method, task: Task, pairs: Pairs | None, resume: bool) -> Student:
         recipe, steps = self.recipe, self.recipe.steps
-        self._prepare(method)
+        prepared = self._prepare(method)
         players = {name: Player(getattr(method, name), recipe.optim_of(name)) for name in method.players}
         average = Average(method.student, recipe.ema.decay, recipe.ema.warmup) if recipe.ema.decay > 0 else None
         prober = Prober(task, mix(recipe.seed, "probe"), method.makes)
@@ -144,7 +145,10 @@ class Trainer:
                     for other_name, other in players.items():
                         other.learns(other_name == name)
                     parts = self._turn(method, name, step, turn, task, pairs)
-                    norm, bad = player.update(factor(recipe.schedule_of(name), step, steps), self._join(player))
+                    rounding = mix(recipe.seed, "stage", self.stage, "rounding", step, turn)
+                    share = factor(recipe.schedule_of(name), step, steps)
+                    norm, bad = player.update(share, rounding, self._join(player))
+                    prepared.rest()
                     skipped += bad
                     in_a_row = (in_a_row + 1) * bad
                     lines.update({f"{name}/{k}": v for k, v in parts.items()})
@@ -181,6 +185,7 @@ class Trainer:
         self.seconds += time.perf_counter() - began
         for player in players.values():
             player.learns(True)
+        prepared.finish()
         if average is not None:
             average.apply()
         if self.spread is not None:
@@ -263,20 +268,18 @@ class Trainer:
             batch = task.batch(size, seed, position, turn, rows=self.rows)
         return batch if self.device.type == "cpu" else batch.to(self.device)
 
-    def _prepare(self, method: Method) -> None:
+    def _prepare(self, method: Method) -> Prepared:
+        """Networks as the recipe wants them held: spread or alike on all processes, in their precision."""
         precision, several = self.recipe.precision, self.world.size > 1
-        if precision.channels_last:
-            method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if several and self.recipe.parallel.shard:
+            for name in ("channels_last", "offload_teacher"):
+                if getattr(precision, name):
+                    raise Refused(f"parallel.shard does not go with precision.{name}: leave one of them out")
             self.spread = Spread(method, self.device)
         method.to(self.device)
         if several:
             begin_alike({k: v for k, v in learned(method).items() if first_row(v) is None})
-        if precision.compile:
-            for module in method.modules():
-                net = getattr(module, "net", None)
-                if isinstance(net, nn.Module):
-                    net.compile()
+        return Prepared(method, precision, self.device)
 
     # -- looking, logging, stopping ------------------------------------------------------------
 
