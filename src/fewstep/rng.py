@@ -23,8 +23,7 @@ class Rng:
 
     ``Rng(seed, step, turn)`` is the source behind one loss. With ``rows = (start, stop, total)`` every
     draw is made for ``total`` rows and cut to this process's own, so that results do not depend on how
-    many processes share the batch. A draw for several batches, one after the other, is cut in each of them.
-    ``shared`` is a plain generator for decisions that all must agree on.
+    many processes share the batch. ``shared`` is a plain generator for decisions that all must agree on.
 
     >>> whole = Rng(0, 7).normal((4, 2))
     >>> part = Rng(0, 7, rows=(1, 3, 4)).normal((2, 2))
@@ -45,17 +44,13 @@ class Rng:
     def _cut(self, draw: Tensor, count: int) -> Tensor:
         if self.rows is None:
             return draw
-        start, stop, total = self.rows
-        return draw.unflatten(0, (-1, total))[:, start:stop].flatten(0, 1) if count else draw
+        start, stop, _ = self.rows
+        if stop - start != count:
+            raise ValueError(f"this process holds rows {start}..{stop} but {count} were asked for")
+        return draw[start:stop]
 
     def _total(self, count: int) -> int:
-        if self.rows is None:
-            return count
-        start, stop, total = self.rows
-        batches, rest = divmod(count, stop - start)
-        if rest:
-            raise ValueError(f"this process holds rows {start}..{stop} but {count} were asked for")
-        return batches * total
+        return count if self.rows is None else self.rows[2]
 
     def normal(self, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         draw = torch.randn(

@@ -7,7 +7,6 @@ import torch
 from crew import METHODS, run_crew
 
 from fewstep.errors import Refused
-from fewstep.rng import Rng
 from fewstep.tasks import task_named
 from fewstep.train.build import method_options
 from fewstep.train.processes import World, again, alone, gather, launched, world
@@ -72,15 +71,6 @@ def test_rows_of_a_batch_are_all_given_out_once():
         assert [row for start, stop in spans for row in range(start, stop)] == list(range(total))
     with pytest.raises(Refused, match="batch of 2 cannot be spread over 3"):
         World(0, 3).rows(2)
-
-
-def test_a_draw_for_two_batches_is_cut_in_each_of_them():
-    whole = Rng(0).normal((8, 2))
-    parts = [Rng(0, rows=(start, stop, 4)).normal((2 * (stop - start), 2)) for start, stop in ((0, 1), (1, 4))]
-    mine = [whole.unflatten(0, (2, 4))[:, start:stop].flatten(0, 1) for start, stop in ((0, 1), (1, 4))]
-    assert all(torch.equal(a, b) for a, b in zip(parts, mine, strict=True))
-    with pytest.raises(ValueError, match="rows 1..4 but 4 were asked for"):
-        Rng(0, rows=(1, 4, 4)).normal((4, 2))
 
 
 def test_a_process_reads_its_rows_of_the_batch_that_one_would_see():

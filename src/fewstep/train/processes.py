@@ -348,9 +348,10 @@ class Spread:
                 if not parameter.is_contiguous():
                     raise Refused("parallel.shard needs plain weights: leave precision.channels_last off")
             self.plain[net] = _outline(net)
-            scalars = {p for p in net.parameters() if p.ndim == 0}
+            scalars = {p for p in net.parameters() if p.ndim == 0}  # have no rows to share out
+            left_out: dict[str, Any] = {"ignored_params": scalars} if scalars else {}
             for block in _blocks(net):
-                fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=scalars)
+                fully_shard(block, mesh=mesh, reshard_after_forward=True, **left_out)
 
     def rest(self) -> None:
         """Keep no more than the own parts: after a turn, whose passes may have left networks whole."""
