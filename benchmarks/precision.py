@@ -76,7 +76,7 @@ def seconds(method: DMD2, recipe: Recipe, rounds: int) -> float:
             with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
                 loss = method.loss(name, batch, Rng(step, name))
             loss.total.backward()
-            players[name].update(1e-3, step)
+            players[name].update(1e-3, key=step)
             prepared.rest()
         taken.append(time.process_time() - began)
     return statistics.median(taken[1:])

@@ -44,15 +44,17 @@ class Player:
         for parameter in self.parameters:
             parameter.requires_grad_(yes)
 
-    def update(self, share: float, key: int = 0) -> tuple[Tensor, Tensor]:
+    def update(self, share: float, norm: Tensor | None = None, *, key: int = 0) -> tuple[Tensor, Tensor]:
         """One optimiser step at ``share`` of the learning rate: (gradient norm, 1 where it was skipped).
 
-        A gradient that is not finite changes nothing: the fused step is told so without a device sync. ``key``
-        is the seed of the random rounding: equal on all processes that hold the same weights.
+        A gradient that is not finite changes nothing: the fused step is told so without a device sync. ``norm``
+        is given where this process has a part of the gradient alone. ``key`` is the seed of the random rounding:
+        equal on all processes that hold the same weights.
         """
         self._widen()
-        grads = [p.grad for p in self.learning if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads, foreach=True)
+        if norm is None:
+            grads = [p.grad for p in self.learning if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(grads, foreach=True)
         bad = (~norm.isfinite()).float()
         if self.settings.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.learning, self.settings.clip, norm, foreach=True)

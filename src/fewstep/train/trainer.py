@@ -113,7 +113,7 @@ class Trainer:
                         other.learns(other_name == name)
                     parts = self._turn(method, name, step, turn, task, pairs)
                     rounding = mix(recipe.seed, "stage", self.stage, "rounding", step, turn)
-                    norm, bad = player.update(factor(recipe.schedule_of(name), step, steps), rounding)
+                    norm, bad = player.update(factor(recipe.schedule_of(name), step, steps), key=rounding)
                     prepared.rest()
                     skipped += bad
                     in_a_row = (in_a_row + 1) * bad
