@@ -50,7 +50,7 @@ def moved(dtype: torch.dtype, updates: int, plain: bool = False) -> torch.Tensor
             before = player.parameters[0].detach().float() - 1e-4
             player.parameters[0].data = before.to(dtype)
         else:
-            player.update(1.0, key)
+            player.update(1.0, key=key)
     return module.weight.detach().double()
 
 
@@ -70,7 +70,7 @@ def test_an_update_of_narrow_weights_is_the_wide_one_rounded_once():
     for p, q in zip(narrow.parameters(), wide.parameters(), strict=True):
         p.grad = torch.randn_like(p)
         q.grad = p.grad.float()
-    norms = [player.update(0.7, 3)[0] for player in both]
+    norms = [player.update(0.7, key=3)[0] for player in both]
     assert torch.equal(*norms)
     for p, q in zip(narrow.parameters(), wide.parameters(), strict=True):
         assert p.dtype == torch.bfloat16 and p.grad is None
@@ -87,7 +87,7 @@ def test_a_gradient_that_is_not_finite_leaves_narrow_weights_as_they_are(kind):
     before = module.weight.detach().clone()
     for p in module.parameters():
         p.grad = torch.full_like(p, float("nan"))
-    _, bad = player.update(1.0, 1)
+    _, bad = player.update(1.0, key=1)
     assert bad == 1
     assert torch.equal(module.weight, before)
 
@@ -99,7 +99,7 @@ def test_the_same_key_rounds_the_same_and_another_key_otherwise():
         player = Player(module, SLOW)
         for p in module.parameters():
             p.grad = torch.ones_like(p)
-        player.update(1.0, key)
+        player.update(1.0, key=key)
         return module.weight.detach()
 
     assert torch.equal(after(1), after(1))

@@ -49,12 +49,12 @@ class Player:
         for parameter in self.leaves:
             parameter.requires_grad_(yes)
 
-    def update(self, share: float, key: int = 0, norm: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def update(self, share: float, norm: Tensor | None = None, *, key: int = 0) -> tuple[Tensor, Tensor]:
         """One optimiser step at ``share`` of the learning rate: (gradient norm, 1 where it was skipped).
 
-        A gradient that is not finite changes nothing: the fused step is told so without a device sync. ``key``
-        is the seed of the random rounding: equal on all processes that hold the same weights. ``norm`` is that of
-        all processes, where each has a part of the parameters.
+        A gradient that is not finite changes nothing: the fused step is told so without a device sync. ``norm``
+        is given where this process has a part of the gradient alone. ``key`` is the seed of the random rounding:
+        equal on all processes that hold the same weights.
         """
         self._widen()
         if norm is None:

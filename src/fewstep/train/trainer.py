@@ -147,7 +147,7 @@ class Trainer:
                     parts = self._turn(method, name, step, turn, task, pairs)
                     rounding = mix(recipe.seed, "stage", self.stage, "rounding", step, turn)
                     share = factor(recipe.schedule_of(name), step, steps)
-                    norm, bad = player.update(share, rounding, self._join(player))
+                    norm, bad = player.update(share, self._join(player), key=rounding)
                     prepared.rest()
                     skipped += bad
                     in_a_row = (in_a_row + 1) * bad
