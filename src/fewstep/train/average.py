@@ -17,9 +17,9 @@ class Average:
 
     def __init__(self, module: nn.Module, decay: float, warmup: float = 10.0) -> None:
         self.decay, self.warmup, self.updates = decay, warmup, 0
-        self.names = [name for name, _ in module.named_parameters()]
-        self.weights = [p.detach() for p in module.parameters()]
-        self.values: list[Tensor] = [p.detach().clone() for p in module.parameters()]
+        learning = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+        self.names, self.weights = list(learning), list(learning.values())
+        self.values: list[Tensor] = [w.clone() for w in self.weights]
 
     @torch.no_grad()
     def update(self) -> None:
