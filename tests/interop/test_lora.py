@@ -11,13 +11,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fewstep.adapters import LoraOptions, adapted, adapters, fold, twin
+from fewstep.denoiser import Wrapped
 from fewstep.errors import Refused
-from fewstep.interop import check_student, load_student, load_teacher, save_student
+from fewstep.interop import Teacher, load_student, load_teacher, save_student
 from fewstep.interop.contract import Contract, Steps
 from fewstep.interop.lora import FILES, FOLDER, Pair, fold_into, lora_of, read_lora, restore, save_lora, write_lora
 from fewstep.nets import build
 from fewstep.path import Straight
-from fewstep.student import Student
+from fewstep.student import Student, frozen
 
 ODD = LoraOptions(rank=4, alpha=10.0, targets="all")  # alpha that is not the rank, on linear and convolution
 CONTRACT = Contract(
@@ -138,43 +139,44 @@ def test_what_is_no_lora_has_no_lora_file():
 
 
 @pytest.fixture(scope="module")
-def shipped(teachers, tmp_path_factory):
-    """A LoRA student of the DDIM teacher, in its folder."""
-    teacher = teachers["ddim"]
+def shipped(tmp_path_factory):
+    """A LoRA student of a small transformer, in its folder."""
+    torch.manual_seed(0)
+    net = build({"kind": "dit", "shape": (1, 4, 4), "width": 8, "depth": 1, "heads": 2})
+    with torch.no_grad():
+        for value in net.parameters():
+            value.add_(0.1 * torch.randn_like(value))
+    teacher = Teacher(frozen(Wrapped(net, Straight(), "velocity", "1000t")), (1, 4, 4), "toy", "own")
     student = Student(moved(adapted(teacher.denoiser, ODD)), teacher.shape)
     folder = tmp_path_factory.mktemp("lora") / "student"
-    check = save_student(student, folder, method="dmd2", teacher=teacher)
-    assert check.ok
+    assert save_student(student, folder, method="dmd2", teacher=teacher, program=False).ok
     return teacher, student, folder
 
 
-@pytest.mark.slow
 def test_a_lora_student_ships_merged_with_its_lora_beside_it(shipped):
     teacher, student, folder = shipped
     loaded = load_student(folder)
     assert not list(adapters(loaded.student)) and loaded.contract.training["lora"] == 4
     noise = torch.randn(3, *student.shape, generator=torch.Generator().manual_seed(0))
     wanted = student.generate(noise)
-    assert (loaded.student.generate(noise) - wanted).abs().max() < 1e-3 * wanted.abs().max()
+    assert (loaded.student.generate(noise) - wanted).abs().max() < 1e-5 * wanted.abs().max()
     for names in FILES:
         again = twin(teacher.denoiser)
-        fold_into({"unet": again.net.net}, folder / FOLDER / FILES[names])
+        fold_into({"unet": again.net}, folder / FOLDER / FILES[names])
         got = Student(again, student.shape).generate(noise)
         assert (got - wanted).abs().max() < 1e-5 * wanted.abs().max()
-    assert check_student(folder).ok
 
 
-@pytest.mark.slow
 def test_save_lora_takes_the_lora_of_a_student_folder_under_either_name(shipped, tmp_path):
     _, student, folder = shipped
     one = save_lora(folder, tmp_path / "here")
     other = save_lora(folder, tmp_path / "mine.safetensors", "kohya")
     assert (one.name, other.name) == (FILES["diffusers"], "mine.safetensors")
     for file in (one, other):
-        net = twin(student.denoiser.net.net)
+        net = twin(student.denoiser.net)
         bare = {n: torch.zeros_like(layer.weight) for n, layer in adapters(net)}
         found = fold_into({"unet": _emptied(net)}, file)
-        for path, layer in adapters(student.denoiser.net.net):
+        for path, layer in adapters(student.denoiser.net):
             torch.testing.assert_close(found[f"unet.{path}"].product().view_as(bare[path]), layer.delta())
     with pytest.raises(Refused, match="already there"):
         save_lora(folder, tmp_path / "here")
@@ -195,24 +197,23 @@ def _emptied(net):
     return plain
 
 
-@pytest.mark.slow
 def test_a_student_goes_on_from_the_lora_of_another(shipped):
     teacher, student, folder = shipped
     fresh = adapted(teacher.denoiser, ODD)
-    restore(fresh.net.net, folder)
+    restore(fresh.net, folder)
     for (_, a), (_, b) in zip(adapters(fresh), adapters(student), strict=True):
         torch.testing.assert_close(a.delta(), b.delta())
     with pytest.raises(Refused, match="rank 4 at .*student.lora needs 2"):
-        restore(adapted(teacher.denoiser, LoraOptions(rank=2, targets="all")).net.net, folder)
+        restore(adapted(teacher.denoiser, LoraOptions(rank=2, targets="all")).net, folder)
     with pytest.raises(Refused, match="adapts other layers"):
-        restore(adapted(teacher.denoiser, LoraOptions(targets="conv_in")).net.net, folder)
+        restore(adapted(teacher.denoiser, LoraOptions(targets="stem")).net, folder)
 
 
 # -- in: a style becomes a fast style -----------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_the_lora_of_a_student_of_a_styled_teacher_holds_the_style_as_well(pipes, tmp_path):
+def test_the_lora_of_a_student_of_a_styled_teacher_holds_the_style_as_well(pipes, here, tmp_path):
     pipes.ddim().save_pretrained(str(tmp_path / "base"))
     down, up = pair(8, 1, rank=2, kernel=(3, 3))
     style = file_of(
@@ -240,7 +241,7 @@ NAMES = {
     "peft adapter": ("blocks.0.to_q.lora_A.default.weight", "blocks.0.to_q.lora_B.default.weight"),
     "peft model": ("base_model.model.blocks.0.to_q.lora_A.weight", "base_model.model.blocks.0.to_q.lora_B.weight"),
     "diffusers": ("unet.blocks.0.to_q.lora.down.weight", "unet.blocks.0.to_q.lora.up.weight"),
-    "diffusers, of processors": ("unet.blocks.0.processor.to_q_lora.down.weight", "unet.blocks.0.processor.to_q_lora.up.weight"),
+    "processors": ("unet.blocks.0.processor.to_q_lora.down.weight", "unet.blocks.0.processor.to_q_lora.up.weight"),
     "kohya": ("lora_unet_blocks_0_to_q.lora_down.weight", "lora_unet_blocks_0_to_q.lora_up.weight"),
 }  # fmt: skip
 
@@ -312,17 +313,18 @@ def test_blocks_numbered_as_in_the_original_code_are_translated(stable, tmp_path
 
 Q = "unet.blocks.0.to_q"
 GOOD = {f"{Q}.lora_A.weight": pair(6, 6)[0], f"{Q}.lora_B.weight": pair(6, 6)[1]}
+STRANGE = {"unet.x.lora_A.weight": torch.ones(1, 1), "unet.x.lora_B.weight": torch.ones(1, 1)}
 BAD = {
     "a NaN": ({**GOOD, f"{Q}.lora_B.weight": torch.full((6, 2), math.nan)}, "holds a NaN"),
     "an infinite alpha": ({**GOOD, f"{Q}.alpha": torch.tensor(math.inf)}, "holds a NaN or an infinity"),
     "whole numbers": ({**GOOD, f"{Q}.lora_B.weight": torch.ones(6, 2, dtype=torch.int64)}, "floating-point"),
     "no up": ({f"{Q}.lora_A.weight": GOOD[f"{Q}.lora_A.weight"]}, r"has no \.lora_B\.weight beside it"),
     "ranks that differ": ({**GOOD, f"{Q}.lora_B.weight": torch.ones(6, 3)}, "no LoRA pair"),
-    "a rank of none": ({f"{Q}.lora_A.weight": torch.ones(0, 6), f"{Q}.lora_B.weight": torch.ones(6, 0)}, "no LoRA pair"),
+    "no rank": ({f"{Q}.lora_A.weight": torch.ones(0, 6), f"{Q}.lora_B.weight": torch.ones(6, 0)}, "no LoRA pair"),
     "another width": ({**GOOD, f"{Q}.lora_B.weight": torch.ones(7, 2)}, r"changes a weight \[7, 6\], .* is \[6, 6\]"),
     "a scalar": ({**GOOD, f"{Q}.lora_A.weight": torch.ones(())}, "no LoRA pair"),
     "names of nothing": ({k.replace("to_q", "to_z"): v for k, v in GOOD.items()}, "none of its 1 names fits"),
-    "one strange name": ({**GOOD, "unet.x.lora_A.weight": torch.ones(1, 1), "unet.x.lora_B.weight": torch.ones(1, 1)}, "1 of its 2 names do not fit"),
+    "one strange name": ({**GOOD, **STRANGE}, "1 of its 2 names do not fit"),
     "a DoRA": ({**GOOD, f"{Q}.lora_magnitude_vector": torch.ones(6)}, "no part of a plain LoRA"),
     "a LoHa": ({"lora_unet_conv_in.hada_w1_a": torch.ones(2, 2)}, "no part of a plain LoRA"),
     "only alphas": ({f"{Q}.alpha": torch.ones(())}, "holds no LoRA"),
@@ -349,7 +351,8 @@ def test_a_bad_header_is_refused(tmp_path, header):
 def test_pickles_folders_and_broken_files_are_refused(tmp_path):
     for name, content, complaint in (
         ("a.pt", b"x", "is a pickle"), ("a.bin", b"x", "is a pickle"), ("a.safetensors", b"\x10", "truncated"),
-        ("b.safetensors", file_of(tmp_path, GOOD).read_bytes()[:-8], "truncated"), ("none.safetensors", None, "missing"),
+        ("b.safetensors", file_of(tmp_path, GOOD).read_bytes()[:-8], "truncated"),
+        ("none.safetensors", None, "missing"),
     ):  # fmt: skip
         if content is not None:
             (tmp_path / name).write_bytes(content)
