@@ -76,11 +76,13 @@ def measure(name: str, quick: bool, batch: int) -> dict[str, float]:
             noise = torch.randn(batch, *SHAPE, device=device)
             method.loss(acting, Batch(noise, None, noise), Rng(0, step, turn, device=device)).total.backward()
             if step == 2:
-                held.update((id(p), p.grad.numel() * p.grad.element_size()) for p in method.parameters() if p.grad is not None)  # fmt: skip
+                with_gradient = [p for p in method.parameters() if p.grad is not None]
+                held.update((id(p), p.numel() * p.element_size()) for p in with_gradient)
             players[acting].update(1.0)
         average.update()
     tensors = [*method.state_dict(keep_vars=True).values(), *average.values]
-    tensors += [value for player in players.values() for state in player.optimiser.state.values() for value in state.values()]  # fmt: skip
+    for player in players.values():
+        tensors += [value for state in player.optimiser.state.values() for value in state.values()]
     once = {id(t): t.numel() * t.element_size() for t in tensors}
     return {
         "weights": sum(p.numel() for p in method.parameters()),
@@ -108,10 +110,10 @@ def main() -> int:
     full = rows["full"]
     print("| run | numbers | states MB | of full | peak MB | of full | s / step |\n|---|---|---|---|---|---|---|")
     for name, row in rows.items():
-        print(
-            f"| {name} | {row['weights'] / 1e6:.2f} M | {row['states'] / 1e6:.1f} | {row['states'] / full['states']:.3f} "
-            f"| {row['peak'] / 1e6:.0f} | {row['peak'] / full['peak']:.3f} | {row['seconds']:.2f} |"
-        )
+        cells = [f"{row['weights'] / 1e6:.2f} M"]
+        for key, digits in (("states", 1), ("peak", 0)):
+            cells += [f"{row[key] / 1e6:.{digits}f}", f"{row[key] / full[key]:.3f}"]
+        print(f"| {' | '.join([name, *cells, format(row['seconds'], '.2f')])} |")
     if chosen.json:
         with open(chosen.json, "w", encoding="utf-8") as file:
             json.dump({"network": QUICK if chosen.quick else WIDE, "batch": chosen.batch, "rows": rows}, file, indent=1)

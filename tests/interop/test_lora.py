@@ -93,7 +93,7 @@ def test_the_merged_student_diffusers_and_kohya_agree_where_alpha_is_not_the_ran
     student = moved(adapted(stable.unet, options))
     merged = answer(fold(twin(student)))
     plain = answer(stable.unet)
-    assert (merged - plain).abs().max() > 0.05
+    assert (merged - plain).abs().max() > 0.01
     lora = lora_of(student, "unet")
     for names in ("diffusers", "kohya"):
         file = tmp_path / FILES[names]

@@ -250,11 +250,13 @@ def _pairs(
     where: str,
     alphas: Mapping[str, Any] | None = None,
 ) -> Lora:
-    """Down and up of every layer by its name in the file, alpha / rank folded into up."""
-    alpha = {name.removesuffix(".alpha"): value for name, value in (alphas or {}).items()}
-    alpha |= {name.removesuffix(".alpha"): value for name, value in tensors.items() if name.endswith(".alpha")}
+    """Down and up of every layer by its name in the file, alpha / rank folded into up.
+
+    Nothing in the file may be left over: an alpha that is not understood would be another strength.
+    """
+    said = {**(alphas or {}), **{name: value for name, value in tensors.items() if name.endswith(".alpha")}}
     scales = _scales(metadata, where)
-    left = {name for name in tensors if not name.endswith(".alpha")}
+    left = {*tensors, *said}
     found: Lora = {}
     for name in tensors:
         end = next((e for e in ENDS if name.endswith(e)), None)
@@ -265,19 +267,21 @@ def _pairs(
         if other not in tensors:
             raise Refused(f"{where}: {name:.120} has no {ENDS[end]} beside it")
         down, up = tensors[name], tensors[other]
-        left -= {name, other}
+        # of a layer's name, or of its down matrix's where diffusers has translated
+        alpha = next((n for n in (f"{base}.alpha", f"{name}.alpha") if n in said), None)
+        left -= {name, other, alpha}
         rank = down.shape[0] if down.ndim >= 2 else 0
         if rank < 1 or up.ndim < 2 or up.shape[1] != rank or up[0, 0].numel() != 1:
             raise Refused(f"{where}: {base:.120} has shapes {list(down.shape)} and {list(up.shape)}: no LoRA pair")
-        if base in alpha:
-            value = torch.as_tensor(alpha[base])
+        if alpha is not None:
+            value = torch.as_tensor(said[alpha])
             if value.numel() != 1 or not torch.isfinite(value).all():
                 raise Refused(f"{where}: {base:.120}.alpha is no number")
             scale = float(value) / rank
         else:
             scale = scales(base, rank)
         found[base] = Pair(down, up if scale == 1 else scale * up)
-    if left:
+    if left and (found or not all(name.endswith(".alpha") for name in left)):
         raise Refused(f"{where}: {min(left):.120} is no part of a plain LoRA (down, up, alpha), which alone is read")
     if not found:
         raise Refused(f"{where} holds no LoRA")
