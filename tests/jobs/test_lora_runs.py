@@ -37,10 +37,10 @@ def teacher(tmp_path_factory):
     return folder
 
 
-def recipe(teacher, **changes):
+def recipe(folder, **changes):
     plain = {
         "name": "toy", "steps": 6, "batch": 8, "task": {"name": "mixture", "options": MODES},
-        "teacher": {"source": str(teacher)}, "student": {"lora": {"rank": 2, "alpha": 6.0, "targets": "all"}},
+        "teacher": {"source": str(folder)}, "student": {"lora": {"rank": 2, "alpha": 6.0, "targets": "all"}},
         "method": {"name": "dmd2", "options": {"critic_turns": 1}}, "optim": {"lr": 0.02}, "ema": {"decay": 0.5},
         "evaluate": {"enabled": False}, "log": {"every": 2}, "checkpoint": {"every": 2},
     }  # fmt: skip
