@@ -134,11 +134,10 @@ def adopt(module: nn.Module, source: nn.Module) -> None:
 
 def shared(module: nn.Module) -> list[Tensor]:
     """The tensors of a module that belong to what it was shared from."""
-    found = []
+    found: list[Tensor] = []
     for part in module.modules():
         for name in getattr(part, "shared_names", ()):
-            tensor = part._parameters.get(name)
-            tensor = part._buffers.get(name) if tensor is None else tensor
+            tensor = {**part._buffers, **part._parameters}.get(name)
             if tensor is not None:
                 found.append(tensor)
     return found
