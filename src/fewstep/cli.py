@@ -60,12 +60,15 @@ def _recipe(
     seed: int | None,
     data: Path | None = None,
     method: str | None = None,
+    lora: int | None = None,
 ) -> Recipe:
     """A recipe by name, from a file or from a run; or made for a diffusers folder."""
     from .template import recipe_for_folder
     from .train.recipe import load_recipe, recipe_from, shipped
 
     changes = [*(overrides or ()), *([f"seed={seed}"] if seed is not None else [])]
+    if lora is not None:
+        changes.append(f"student.lora.rank={lora}")
     folder = Path(what) if what not in shipped() and Path(what).is_dir() else None
     if folder and (folder / "model_index.json").exists():
         if data is None or method is None:
@@ -378,6 +381,9 @@ Teacher = Annotated[
     str, typer.Argument(metavar="TEACHER|RECIPE", help="A name, a diffusers folder, a recipe file, a run.")
 ]
 Data = Annotated[Path | None, typer.Option(help="Images of a diffusers teacher: a folder or an .npz file.")]
+Lora = Annotated[
+    int | None, typer.Option(min=1, metavar="RANK", help="Train adapters of this rank on the teacher's own weights.")
+]
 MethodName = Annotated[str | None, typer.Option("--method", help="A method's name, or ./mine.py:MyMethod.")]
 
 
@@ -391,6 +397,7 @@ def plan(
         float | None,
         typer.Option(min=0.01, metavar="GIB", help="Of the device to plan for [default: this one's]."),
     ] = None,
+    lora: Lora = None,
     seed: Seed = None,
     device: Device = "auto",
     threads: Threads = None,
@@ -409,7 +416,7 @@ def plan(
       fewstep plan mine.toml --memory 24
     """
     screen, place = Screen(quiet, verbose, json), pick_device(device)
-    recipe = _recipe(what, overrides, seed, data, method)
+    recipe = _recipe(what, overrides, seed, data, method, lora)
     from . import jobs
 
     set_threads(threads)
@@ -457,6 +464,7 @@ def distill(
     overrides: Overrides = None,
     data: Data = None,
     method: MethodName = None,
+    lora: Lora = None,
     out: Out = None,
     resume: Resume = False,
     accept_licence: Accept = False,
@@ -475,13 +483,14 @@ def distill(
     Examples:
       fewstep distill digits
       fewstep distill ./my-pipeline --data ./images --method dmd2
+      fewstep distill ./my-pipeline --data ./images --method dmd2 --lora 32
       fewstep distill mine.toml optim.lr=1e-3 --out runs/faster
       fewstep distill runs/faster --resume
       fewstep distill digits --method ./mine.py:MyMethod
     """
     screen, place = Screen(quiet, verbose, json), pick_device(device)
     run = _decided(lambda: _run_folder(what, out, resume))
-    recipe = _recipe(what, overrides, seed, data, method)
+    recipe = _recipe(what, overrides, seed, data, method, lora)
     from . import jobs
 
     set_threads(threads)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from .adapters import learn, twin
 from .cond import Cond
 from .denoiser import Denoiser, Reframed
 from .grid import descending
@@ -121,9 +121,8 @@ class Student(nn.Module):
 
 
 def trainable_copy(module: Any) -> Any:
-    """A deep copy whose parameters all learn."""
-    twin = copy.deepcopy(module)
-    return twin.train().requires_grad_(True)
+    """A deep copy whose parameters all learn; weights under adapters are not copied and do not."""
+    return learn(twin(module)).train()
 
 
 def frozen(module: Any) -> Any:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
+from ..adapters import adapters, fold
 from ..cond import Cond
 from ..denoiser import Denoiser, Wrapped
 from ..errors import Failed, MissingExtra, Refused
@@ -30,6 +31,7 @@ from .card import card
 from .contract import Contract, Guidance, Origin, Preconditioning, Steps
 from .files import check_finite, components, read_tensors, scan, sha256, weight_files, written_whole
 from .image import MARKER, png, tile
+from .lora import FILES, FOLDER, Lora, lora_of, write_lora
 from .plain import Plain, Setting, inner_network, plan, wrapped
 from .recorder import Recorded
 from .teacher import PART_WEIGHTS, Teacher, autoencoder, described, load_pipeline, offline, own_network
@@ -137,6 +139,7 @@ def save_student(
     if value_range is None and teacher is not None:
         value_range = teacher.value_range
     origin = None if teacher is None else Origin(name=teacher.name, sha256=teacher.sha256, licence=teacher.licence)
+    rank = max((layer.options.rank for _, layer in adapters(wrapped(student.unframed()).net)), default=None)
     facts = {
         "name": name,
         "method": method,
@@ -146,13 +149,16 @@ def save_student(
         "null_label": null_label,
         "value_range": value_range,
         "guidance": Guidance(baked=guidance, negative_prompt=negative_prompt),
-        "training": dict(training or {}),
+        "training": {**(training or {}), **({} if rank is None else {"lora": rank})},
         "metrics": dict(metrics or {}),
         "recipe_sha256": recipe_sha256,
         "licence": licence or (teacher.licence if teacher is not None else "unknown"),
     }
+    net = inner_network(wrapped(student.unframed()).net)
+    part = teacher.recording.part if teacher is not None and teacher.recording is not None else "unet"
+    lora = lora_of(net, part, teacher.lora if teacher is not None else None)
     return _write(
-        shipped, File(folder), "student", facts, teacher, table, pictures, seed, overwrite, program, fold=True
+        shipped, File(folder), "student", facts, teacher, table, pictures, seed, overwrite, program, True, lora
     )
 
 
@@ -204,13 +210,13 @@ def save_teacher(
 
 
 def _prepared(student: Student) -> Student:
-    """A copy on the CPU in float32, for inference, whose one-step network reads no span."""
+    """A copy on the CPU in float32, for inference: adapters folded in, and a one-step network reads no span."""
     if 1 not in student.steps and not student.steps:
         raise Refused("this student serves no step count")
     student = student.unframed()
     one = wrapped(student)
     check_finite(one.net, "this student")
-    twin = copy.deepcopy(student).to("cpu", torch.float32).eval().requires_grad_(False)
+    twin = fold(copy.deepcopy(student).to("cpu", torch.float32)).eval().requires_grad_(False)
     own = wrapped(twin)
     if getattr(own.net, "reads_s", False) and set(student.steps) == {1} and hasattr(own.net, "fold"):
         network: Any = own.net
@@ -245,6 +251,7 @@ def _write(
     overwrite: bool,
     program: bool,
     fold: bool,
+    lora: Lora | None = None,
 ) -> Check:
     plain, reason = _planned(student, facts["classes"], teacher, fold)
     if plain is not None:
@@ -283,6 +290,8 @@ def _write(
         contract = Contract.parse(json.loads(json.dumps(contract.model_dump(mode="json"))))
         contract.save(partial)
         _stamp(partial, contract)
+        for names, file in FILES.items() if lora else ():
+            write_lora(lora or {}, partial / FOLDER / file, names, contract)
         notes = list(plain.notes) if plain else [f"plain diffusers cannot run it: {reason}"]
         text = card(contract, table=table, notes=notes, pictures=pictures is not None)
         (partial / "README.md").write_text(text, encoding="utf-8")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path as File
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..denoiser import Denoiser, Wrapped
 from ..errors import Refused, need
 from .contract import CONTRACT, Contract, null_labels, read_json
 from .files import check_finite, components, licence_of, load_weights, scan, sha256, weight_files
+from .lora import Lora, components_of, fold_into, with_lora
 from .recorder import Recording, record
 from .schedules import Schedule
 
@@ -39,7 +40,8 @@ class Teacher:
     value_range: of finished samples, after ``decode``. ``kind``: the pipeline's class, or "own".
     encode, decode: between data and what the denoiser sees; the identity without an autoencoder.
     guidance: the scale that the pipeline applies by default; None where it applies none.
-    clip: the range that its own scheduler holds guesses to. ``pipeline``, ``recording``: for saving alike.
+    clip: the range that its own scheduler holds guesses to. ``lora``: what was folded into its
+    weights. ``pipeline``, ``recording``: for saving alike.
     """
 
     denoiser: Denoiser
@@ -59,6 +61,7 @@ class Teacher:
     negative: Cond = None
     contract: Contract | None = None
     schedule: Schedule | None = None
+    lora: Lora = field(default_factory=dict, repr=False)
     pipeline: Any = field(default=None, repr=False)
     recording: Recording | None = field(default=None, repr=False)
 
@@ -98,23 +101,36 @@ def resolve(source: File | str) -> tuple[str, File]:
     return folder.resolve().name, folder
 
 
-def load_teacher(source: File | str, *, call: Mapping[str, Any] | None = None) -> Teacher:
+def load_teacher(
+    source: File | str,
+    *,
+    call: Mapping[str, Any] | None = None,
+    lora: File | str | None = None,
+    strength: float = 1.0,
+) -> Teacher:
     """A teacher from a folder or by the name of a packaged one.
 
-    ``call`` are the arguments of the one recorded run of a pipeline; None chooses a small one. Only safetensors
-    are read and no code of the folder is run; Refused, in one line, for a folder that needs anything else.
+    ``call`` are the arguments of the one recorded run of a pipeline; None chooses a small one. ``lora`` is a file
+    that is folded into the weights at ``strength``: a teacher with a style of its own. Only safetensors are read
+    and no code of the folder is run; Refused, in one line, for a folder that needs anything else.
     """
     name, folder = resolve(source)
     contract = Contract.load(folder) if (folder / CONTRACT).is_file() else None
     if contract is not None and contract.role == "student":
         raise Refused(f"{folder} is a student, not a teacher: load it with load_student")
     if contract is not None and contract.network is not None:
-        return _own(name, folder, contract)
-    pipe, recording, part = load_pipeline(folder, call)
+        return _styled(_own(name, folder, contract), lora, strength)
+    added: Lora = {}
+
+    def dress(pipe: Any) -> None:
+        if lora is not None:
+            added.update(fold_into(components_of(pipe), lora, strength, type(pipe)))
+
+    pipe, recording, part = load_pipeline(folder, call, dress)
     denoiser, classes, null_label = described(recording, contract)
     encode, decode = autoencoder(pipe, recording)
     schedule = recording.schedule
-    return Teacher(
+    teacher = Teacher(
         denoiser,
         recording.shape,
         name=(contract.name if contract else "") or name,
@@ -134,7 +150,23 @@ def load_teacher(source: File | str, *, call: Mapping[str, Any] | None = None) -
         schedule=schedule,
         pipeline=pipe,
         recording=recording,
+        lora=added,
     )
+    return teacher if lora is None else _renamed(teacher, lora, strength)
+
+
+def _styled(teacher: Teacher, lora: File | str | None, strength: float) -> Teacher:
+    """A network of ours with a LoRA folded in."""
+    if lora is None:
+        return teacher
+    inside: Any = teacher.denoiser
+    added = fold_into({"unet": inside.net}, lora, strength)
+    return _renamed(replace(teacher, lora=added), lora, strength)
+
+
+def _renamed(teacher: Teacher, lora: File | str, strength: float) -> Teacher:
+    name, licence, digest = with_lora(teacher.name, teacher.licence, teacher.sha256, lora, strength)
+    return replace(teacher, name=name, licence=licence, sha256=digest)
 
 
 def _own(name: str, folder: File, contract: Contract) -> Teacher:
@@ -184,8 +216,13 @@ def offline() -> None:
     os.environ.setdefault("DO_NOT_TRACK", "1")
 
 
-def load_pipeline(folder: File, call: Mapping[str, Any] | None = None) -> tuple[Any, Recording, str]:
-    """A checked pipeline of stock classes, what a run of it taught, and the name of its network's part."""
+def load_pipeline(
+    folder: File, call: Mapping[str, Any] | None = None, dress: Callable[[Any], None] | None = None
+) -> tuple[Any, Recording, str]:
+    """A checked pipeline of stock classes, what a run of it taught, and the name of its network's part.
+
+    ``dress`` changes the pipeline before it is run.
+    """
     kind, parts = components(folder)
     offline()
     need("diffusers", "diffusers")
@@ -210,6 +247,8 @@ def load_pipeline(folder: File, call: Mapping[str, Any] | None = None) -> tuple[
     except Exception as error:  # whatever a strange folder provokes
         raise Refused(f"{folder} does not load as {kind}: {_line(error)}") from None
     pipe.set_progress_bar_config(disable=True)
+    if dress is not None:
+        dress(pipe)
     recording = record(pipe, call)
     return pipe, recording, recording.part
 

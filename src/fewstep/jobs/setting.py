@@ -16,7 +16,7 @@ from ..tasks.base import Task
 from ..tasks.encoded import Encoded
 from ..train.build import method_class, method_options, straightened
 from ..train.processes import alone
-from ..train.recipe import Recipe, load_recipe
+from ..train.recipe import Recipe, TeacherSection, load_recipe
 from ..train.trainer import Watch
 
 
@@ -38,8 +38,10 @@ def prepare(recipe: Recipe, run: File, device: str, watch: Watch, resume: bool =
     if section is None and cls.needs_teacher:
         raise Refused(f"method {recipe.method.name!r} needs a teacher: give [teacher] source = ...")
     options = dict(recipe.task.options)
+    if section is not None and section.source == "law" and section.lora is not None:
+        raise Refused("teacher.lora changes the weights of a network, and an exact law has none")
     if section is not None and section.source != "law":
-        teacher = _teacher(section.source, recipe, run, device, watch, resume)
+        teacher = _teacher(section, recipe, run, device, watch, resume)
         if recipe.task.name == "images":
             side = _picture_side(teacher)
             options.setdefault("size", side[1])
@@ -70,9 +72,10 @@ def prepare(recipe: Recipe, run: File, device: str, watch: Watch, resume: bool =
     return Setting(task, teacher, denoiser, raw, task.shape)
 
 
-def _teacher(source: str, recipe: Recipe, run: File, device: str, watch: Watch, resume: bool) -> Any:
+def _teacher(section: TeacherSection, recipe: Recipe, run: File, device: str, watch: Watch, resume: bool) -> Any:
     from ..interop import load_teacher
 
+    source, lora, strength = section.source, section.lora, section.lora_strength
     if source.startswith("recipe:"):
         from .training import train
 
@@ -83,9 +86,10 @@ def _teacher(source: str, recipe: Recipe, run: File, device: str, watch: Watch, 
         if not alone((place / "teacher").is_dir):
             watch.say(f"teaching first: {nested.name}")
             train(nested, place, resume=resume and place.exists(), device=device, watch=watch)
-        return load_teacher(place / "teacher")
+        return load_teacher(place / "teacher", lora=lora, strength=strength)
     folder = File(source)
-    return load_teacher(folder / "teacher" if (folder / "teacher" / "fewstep.json").is_file() else source)
+    inside = folder / "teacher" if (folder / "teacher" / "fewstep.json").is_file() else source
+    return load_teacher(inside, lora=lora, strength=strength)
 
 
 def _picture_side(teacher: Any) -> tuple[int, int]:

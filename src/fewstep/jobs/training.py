@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..adapters import own
 from ..errors import Refused
 from ..rng import Rng, mix
 from ..student import Student
@@ -64,6 +65,8 @@ def _learn(
         fresh = make_student(part, setting.task, setting.raw, setting.shape)
         if student is not None:
             _inherit(fresh, student)
+        elif recipe.student.init is not None and recipe.student.lora is not None:
+            _inherit_adapters(fresh, recipe.student.init)
         elif recipe.student.init is not None:
             _inherit(fresh, _initial(recipe.student.init))
         place = run / "stages" / f"{index:02d}"
@@ -75,7 +78,7 @@ def _learn(
                     f"the teacher changed since {place}: resume with the teacher of the run, or another --out"
                 )
             with torch.no_grad():
-                for name, value in fresh.state_dict(keep_vars=True).items():
+                for name, value in own(fresh).items():
                     value.copy_(done[0][name])
             spent = done[1]
         else:
@@ -100,7 +103,7 @@ def _learn(
                 "steps": part.steps, "seconds": trainer.seconds, "pairs_seconds": made, "warnings": trainer.warnings
             }  # fmt: skip
             if world().first:
-                save_state(place, dict(fresh.state_dict()), {**spent, **made_of})
+                save_state(place, {k: v.detach() for k, v in own(fresh).items()}, {**spent, **made_of})
         student = fresh.eval()
         facts["steps"].append(spent["steps"])
         for key in ("seconds", "pairs_seconds"):
@@ -115,11 +118,22 @@ def _learn(
 def _inherit(fresh: Student, old: Student) -> None:
     """Take over the weights that fit by name and shape; ValueError where none does."""
     mine, theirs = inner_of(fresh.denoiser), inner_of(old.denoiser)
-    own = mine.net.state_dict()
-    fitting = {k: v for k, v in theirs.net.state_dict().items() if k in own and own[k].shape == v.shape}
+    places = own(mine.net)
+    fitting = {k: v for k, v in theirs.net.state_dict().items() if k in places and places[k].shape == v.shape}
     if not fitting:
         raise Refused("the student to go on from has another network: none of its weights fits")
     mine.net.load_state_dict(fitting, strict=False)
+
+
+def _inherit_adapters(fresh: Student, source: str) -> None:
+    """A LoRA student goes on from what another one's LoRA file holds."""
+    from ..interop.lora import restore
+    from ..interop.plain import inner_network
+
+    folder = File(source)
+    restore(
+        inner_network(inner_of(fresh.denoiser).net), folder / "student" if (folder / "student").is_dir() else folder
+    )
 
 
 def _initial(source: str) -> Student:

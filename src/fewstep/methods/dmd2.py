@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from ..adapters import LoraOptions, adapted, options_of
 from ..cond import join
 from ..denoiser import Denoiser, Guided
 from ..losses import distance, generator_loss, squared_error, stopped_pull
@@ -53,6 +54,9 @@ class DMD2Options(Part):
         "l2", description="huber is of the whole sample, the others means"
     )
     huber_c: float = Field(0.24, ge=0, description="of the pairs' huber: below this length of the error, quadratic")
+    critic_lora: LoraOptions | Literal["student", "off"] = Field(
+        "student", description="the critic's adapters: a table, the student's own, or off for a full copy"
+    )
     start: float | None = Field(None, gt=0, description="time of the first step; None: the path's end")
     steps: int = Field(1, ge=1, description="steps that the student takes")
     times: tuple[float, ...] | None = Field(None, description="their times; None: even on the rho = 7 grid from start")
@@ -102,13 +106,23 @@ class DMD2(Method):
         gan = self.options.gan
         if self.options.divergence != "reverse_kl" and gan is None:
             raise ValueError(f"divergence {self.options.divergence!r} needs the density ratio of an adversary: set gan")
-        if critic is None:  # an exact law has nothing that could learn
-            critic = trainable_copy(teacher if any(True for _ in teacher.parameters()) else student.denoiser)
-        denoiser = critic
+        denoiser = self._first_critic(teacher, student) if critic is None else critic
         reads = None if gan is None else denoiser if gan.on == "critic" else teacher
         adversary = None if gan is None or reads is None else Adversary(reads, student.shape, gan, student.classes)
         self.critic = Critic(denoiser, adversary)
         self.real = teacher if self.options.guidance == 1 else Guided(teacher, self.options.guidance)
+
+    def _first_critic(self, teacher: Any, student: Student) -> Denoiser:
+        """The teacher again, as a copy or as adapters on its weights."""
+        learnt = any(True for _ in teacher.parameters())  # an exact law has nothing that could learn
+        wanted = self.options.critic_lora
+        lora = options_of(student) if wanted == "student" else None if wanted == "off" else wanted
+        first: Denoiser
+        if lora is None or not learnt:
+            first = trainable_copy(teacher if learnt else student.denoiser)
+        else:
+            first = adapted(teacher, lora).train()
+        return first
 
     def turns(self, step: int) -> tuple[str, ...]:
         return ("critic",) * self.options.critic_turns + ("student",)

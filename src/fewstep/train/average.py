@@ -20,8 +20,8 @@ class Average:
 
     def __init__(self, module: nn.Module, decay: float, warmup: float = 10.0) -> None:
         self.decay, self.warmup, self.updates = decay, warmup, 0
-        self.names = [name for name, _ in module.named_parameters()]
-        self.weights: list[Tensor] = [local(p) for p in module.parameters()]
+        learning = {name: local(p) for name, p in module.named_parameters() if p.requires_grad}
+        self.names, self.weights = list(learning), list(learning.values())
         self.values: list[Tensor] = [_wide(weight.detach().clone()) for weight in self.weights]
 
     @torch.no_grad()

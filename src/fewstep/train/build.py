@@ -12,6 +12,7 @@ from typing import Any, cast
 from pydantic import ValidationError
 from torch import nn
 
+from ..adapters import adopt, attach, learn, share, shared
 from ..denoiser import Denoiser, Reframed, Wrapped
 from ..errors import Refused
 from ..method import Method
@@ -79,20 +80,28 @@ def _by_difference(given: dict[str, Any], kind: Any) -> None:
 
 
 def make_student(recipe: Recipe, task: Task, teacher: Denoiser | None, shape: tuple[int, ...]) -> Student:
-    """The student that a recipe describes: a network of its own, or a copy of the teacher."""
+    """The student that a recipe describes: a network of its own, a copy of the teacher, or adapters on its weights."""
     section, cls = recipe.student, method_class(recipe.method.name)
     denoiser: Denoiser
     options = method_options(recipe.method, recipe, task)
+    if section.lora is not None and section.net is not None:
+        raise Refused("student.lora is trained on the teacher's network: leave out student.net, or student.lora")
     if section.net is not None:
         denoiser = _own(recipe, task, teacher, cls)
     elif isinstance(inner_of(teacher), Wrapped):
-        denoiser = copy.deepcopy(cast(Denoiser, teacher))
+        original = cast(Denoiser, teacher)
+        denoiser = copy.deepcopy(original) if section.lora is None else share(original)
     else:
         raise Refused(f"method {cls.name!r} needs a network to train: give [student] net = {{ kind = ... }}")
     if cls.flow_map:
         denoiser = _reading_spans(denoiser)
     if cls.straight:
         denoiser = straightened(denoiser)
+    if section.lora is not None:
+        try:
+            attach(denoiser, section.lora)
+        except ValueError as error:
+            raise Refused(f"student.lora: {error}") from None
     fields: dict[str, Any] = dict(cls.student_options(options, denoiser.path))
     if section.start is not None:
         fields["start"] = section.start
@@ -101,7 +110,7 @@ def make_student(recipe: Recipe, task: Task, teacher: Denoiser | None, shape: tu
     if section.steps is not None:
         start = fields.get("start") or denoiser.path.t_max
         fields["start"], fields["steps"] = start, {n: even_times(denoiser.path, n, start) for n in section.steps}
-    denoiser.train().requires_grad_(True)
+    learn(denoiser).train()
     return Student(denoiser, shape, classes=task.classes, **fields)
 
 
@@ -168,5 +177,7 @@ def _reading_spans(denoiser: Denoiser) -> Denoiser:
         )
     wider = build(net.config.model_copy(update={"reads_s": True}))
     wider.load_state_dict(net.state_dict(), strict=False)
+    if shared(net):
+        adopt(wider, net)
     wrapped.net = wider
     return denoiser

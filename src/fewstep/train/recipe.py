@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from ..adapters import LoraOptions
 from ..errors import Refused
 from ..part import Part
 from ..path import AnyPath
@@ -36,6 +37,8 @@ class TeacherSection(Part):
         description="a packaged name, a diffusers folder, 'law' for a task's exact law, or a student folder"
     )
     guidance: float = Field(1.0, ge=0, description="guidance baked into pairs and trajectories")
+    lora: str | None = Field(None, description="a LoRA file (.safetensors) that is folded into the teacher")
+    lora_strength: float = Field(1.0, allow_inf_nan=False, description="how much of that LoRA; 1: as its file says")
 
 
 class StudentSection(Part):
@@ -49,6 +52,9 @@ class StudentSection(Part):
     data_std: float | None = Field(None, gt=0)
     boundary: float | None = Field(None, ge=0)
     init: str | None = Field(None, description="a student folder, or a run, to go on from")
+    lora: LoraOptions | None = Field(
+        None, description="low-rank adapters on the teacher's own weights; None: a full copy"
+    )
     start: float | None = Field(None, gt=0, description="time of the first step; None: the method's, or the path's end")
     steps: tuple[int, ...] | None = Field(None, description="step counts to serve; None: the method's")
     policy: Policy | None = None
