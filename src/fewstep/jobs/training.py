@@ -18,7 +18,7 @@ from ..rng import Rng, mix
 from ..student import Student
 from ..tasks.base import Task
 from ..tasks.encoded import Encoded
-from ..train.build import inner_of, make_student, method_class
+from ..train.build import inner_of, make_student, method_class, method_options
 from ..train.pairs import Pairs
 from ..train.recipe import Recipe, load_recipe, write_recipe
 from ..train.store import load_state, save_state, write_text
@@ -52,8 +52,12 @@ def _learn(
     resume_line = f"fewstep {verb} {run} --resume"
     facts: dict[str, Any] = {"steps": [], "seconds": 0.0, "pairs_seconds": 0.0, "warnings": []}
     student: Student | None = None
-    for index in range(len(recipe.stages) + 1):
-        part = recipe.stage(index)
+    parts = [recipe.stage(index) for index in range(len(recipe.stages) + 1)]
+    for part in parts:  # nothing is written for a recipe that does not fit
+        method_options(part.method, part, setting.task)
+    if resume:
+        _open_run(recipe, run, resume, device)
+    for index, part in enumerate(parts):
         torch.manual_seed(mix(recipe.seed, "weights", index))
         fresh = make_student(part, setting.task, setting.raw, setting.shape)
         if student is not None:
@@ -69,6 +73,8 @@ def _learn(
             spent = done[1]
         else:
             method = game(part, setting, fresh)
+            if index == 0 and not resume:
+                _open_run(recipe, run, resume, device)
             began = time.perf_counter()
             wanted = method.pairs()
             pairs = None
@@ -131,7 +137,6 @@ def train(
     """Train by a recipe and save the model into ``run``: ``teacher/`` or ``student/``. No evaluation."""
     eyes = watch or Nobody()
     setting = prepare(recipe, run, device, eyes, resume)
-    _open_run(recipe, run, resume, device)
     student, facts = _learn(recipe, run, setting, resume, device, eyes, "train")
     folder = _save(recipe, run, setting, student, facts, None, eyes)
     return {"model": str(folder), **{k: v for k, v in facts.items() if k != "warnings"}, "warnings": facts["warnings"]}
@@ -143,7 +148,6 @@ def distill(
     """The main job: train, evaluate beside the teacher, save, report. Returns ``report.json``'s content."""
     eyes = watch or Nobody()
     setting = prepare(recipe, run, device, eyes, resume)
-    _open_run(recipe, run, resume, device)
     student, facts = _learn(recipe, run, setting, resume, device, eyes, "distill")
     report = None
     if recipe.evaluate.enabled:

@@ -23,13 +23,12 @@ def captioned(
     embed: Embed,
     encoder: str,
     cache: File | None = None,
-    watch: Callable[[int], None] | None = None,
     where: str = "the data",
 ) -> Split:
     """The same samples with their captions, read by ``embed``, as conditions.
 
-    Each different caption is read once, in batches, when one of its shard is first asked for; with ``watch`` all are
-    read now. Shards in ``cache`` are named by ``encoder``, the hash of what stands behind ``embed``, and the texts.
+    Each different caption is read once, in batches, when one of its shard is first asked for. Shards in ``cache`` are
+    named by ``encoder``, the hash of what stands behind ``embed``, and by the texts.
     """
     if split.captions is None:
         raise Refused(f"{where} has no captions: put a .txt beside each picture, or text in metadata.jsonl")
@@ -39,7 +38,5 @@ def captioned(
     shards = Shards(
         "captions", facts, len(texts), lambda rows: embed([texts[i] for i in rows]), folder=cache, size=SHARD, batch=16
     )
-    if watch is not None:
-        shards.fill(watch)
     index = torch.tensor([number[text] for text in split.captions])
     return Split(split.held, Picked(shards, index), split.captions)

@@ -37,11 +37,10 @@ class Encoded(Task):
         *,
         encoder: str | None = None,
         cache: File | None = None,
-        watch: Callable[[int], None] | None = None,
     ) -> None:
         self.pixels, self.shape, self.encode, self.decode = pixels, tuple(shape), encode, decode
         self.classes, self.value_range = pixels.classes, pixels.value_range
-        self.encoder, self.cache, self.watch = encoder, cache if encoder is not None else None, watch
+        self.encoder, self.cache = encoder, cache if encoder is not None else None
 
     @cached_property
     def latents(self) -> Shards:
@@ -67,14 +66,14 @@ class Encoded(Task):
     @cached_property
     def train(self) -> Split:  # type: ignore[override]
         latents, split = self.latents, self.pixels.train
-        latents.fill(self.watch)
+        latents.fill()
         views = len(latents) // len(split)
         return Split(latents, _repeated(split.held_cond, len(split), views))
 
     @cached_property
     def data_std(self) -> float:  # type: ignore[override]
         """The spread of all latents: exact, shard by shard."""
-        self.latents.fill(self.watch)
+        self.latents.fill()
         total = squares = torch.zeros((), dtype=torch.float64)
         count = 0
         for shard in self.latents.shards():

@@ -159,7 +159,6 @@ class Images(Task):
         embed: Callable[[list[str]], dict[str, Tensor]],
         encoder: str,
         cache: File | None = None,
-        watch: Callable[[int], None] | None = None,
     ) -> None:
         """Take captions, as a text encoder reads them, for the condition; labels are left aside.
 
@@ -167,7 +166,7 @@ class Images(Task):
         names the shards in ``cache``. Refused where the data has no captions.
         """
         self._train, self._test = (
-            captioned(split, embed, encoder, cache, watch, self.options.path) for split in (self._train, self._test)
+            captioned(split, embed, encoder, cache, self.options.path) for split in (self._train, self._test)
         )
         nothing = embed([""])
         self._null = lambda count: {k: v[:1].expand(count, *v.shape[1:]) for k, v in nothing.items()}
@@ -236,7 +235,11 @@ class Images(Task):
     def _open(self, source: File) -> tuple[Pixels, Pixels | None]:
         """Whatever the path is, as pixels: both splits, or all in one."""
         where = self.options.path
-        if "\0" in where or not source.exists():
+        try:
+            there = "\0" not in where and source.exists()
+        except OSError:  # a name that no file can have
+            there = False
+        if not there:
             raise Refused(f"no such folder or file: {where!r:.200}")
         if source.is_file() and source.suffix == ".npz":
             return self._from_npz(source)

@@ -147,7 +147,7 @@ def tensors_hash(tensors: Mapping[str, Tensor], about: str = "") -> str:
 
 
 def encoder_hash(*parts: Any) -> str:
-    """SHA-256 of an encoder: of networks their weights and configurations, of tokenizers all that they say."""
+    """SHA-256 of an encoder: of networks weights and configuration, of tokenizers all that they say, and words."""
     digests = []
     for part in parts:
         if isinstance(part, nn.Module):
@@ -156,6 +156,9 @@ def encoder_hash(*parts: Any) -> str:
             about = {k: v for k, v in plain.items() if k[:1] != "_"}  # where it was loaded from, and by what
             text = json.dumps(about, sort_keys=True, default=str)
             digests.append(tensors_hash(part.state_dict(), f"{type(part).__name__} {text}"))
+            continue
+        if isinstance(part, str):
+            digests.append(part)
             continue
         backend = getattr(part, "backend_tokenizer", None)
         words = backend.to_str() if backend is not None else getattr(part, "get_vocab", dict)()

@@ -108,15 +108,13 @@ def _damage(file: File, error: BaseException) -> Refused:
 def _count(file: File) -> int | None:
     if file.suffix != ".parquet":
         return None
-    from pyarrow import parquet
-
+    parquet: Any = need("pyarrow.parquet", "data")
     return int(parquet.read_metadata(file).num_rows)
 
 
 def _open_arrow(file: File) -> Any:
     """A reader of record batches, of either arrow format, on the mapped file."""
-    import pyarrow as pa
-
+    pa: Any = need("pyarrow", "data")
     try:
         return pa.ipc.open_stream(pa.memory_map(str(file)))
     except pa.ArrowInvalid:
@@ -127,9 +125,8 @@ def _open_arrow(file: File) -> Any:
 
 
 def _columns(file: File) -> Columns:
-    import pyarrow as pa
-    from pyarrow import parquet
-
+    pa: Any = need("pyarrow", "data")
+    parquet: Any = need("pyarrow.parquet", "data")
     try:
         schema = parquet.read_schema(file) if file.suffix == ".parquet" else _open_arrow(file).schema
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -161,9 +158,8 @@ def _label_names(schema: Any, label: str | None) -> tuple[str, ...]:
 
 
 def _items(file: File, columns: Columns) -> Iterator[Found]:
-    import pyarrow as pa
-    from pyarrow import parquet
-
+    pa: Any = need("pyarrow", "data")
+    parquet: Any = need("pyarrow.parquet", "data")
     row = 0
     try:
         if file.suffix == ".parquet":

@@ -147,7 +147,7 @@ class Tar(Tree):
             self.handle = file.open("rb")
             with tarfile.open(fileobj=self.handle, mode="r:") as archive:
                 while (member := archive.next()) is not None:
-                    archive.members.clear()  # it would keep them all
+                    archive.members = []  # type: ignore[attr-defined]  # it would keep them all
                     self._add(member)
                 end = archive.offset
             total = self.handle.seek(0, os.SEEK_END)
