@@ -225,7 +225,7 @@ def test_what_datasets_itself_saved_is_read_with_its_label_names(tmp_path, plain
 
 def test_names_of_files_say_the_splits_of_tables_and_of_shards(tmp_path):
     for name, first in (("train-00000-of-00001", 0), ("validation-00000-of-00001", 8)):
-        write_tar(tmp_path / f"{name}.tar", {f"{k}.png": encoded(PIXELS[k]) for k in range(first, first + 4)})
+        write_tar(tmp_path / f"{name}.tar", {f"{k:02d}.png": encoded(PIXELS[k]) for k in range(first, first + 4)})
     task = images(tmp_path)
     assert np.array_equal(task.pictures(task.train.data).numpy(), PIXELS[:4])
     assert np.array_equal(task.pictures(task.test.data).numpy(), PIXELS[8:11])
@@ -244,6 +244,27 @@ def test_what_was_found_is_said_in_one_line(tmp_path):
     for part in ("13 pictures (10 to learn from, 3 to measure", "8x8 colour", "3 labels", "captions", "1 animated"):
         assert part in said
     assert "1 skipped" in said and "020.png: empty" in said and "\n" not in said
+
+
+def test_a_job_says_what_it_found_before_it_starts(tmp_path):
+    from fewstep import jobs
+    from fewstep.train.recipe import recipe_from
+    from fewstep.train.trainer import Nobody
+
+    class Listener(Nobody):
+        said: list[str] = []
+
+        def say(self, line):
+            self.said.append(line)
+
+    recipe = {
+        "steps": 1,
+        "task": {"name": "images", "options": {"path": str(as_folder(tmp_path)), "test_count": 3}},
+        "student": {"net": {"kind": "unet", "widths": [8], "groups": 4}},
+        "method": {"name": "flow_matching"},
+    }
+    jobs.prepare(recipe_from(recipe), tmp_path / "run", "cpu", Listener())
+    assert Listener.said == [images(tmp_path).summary()]
 
 
 def test_a_picture_without_a_caption_has_an_empty_one(tmp_path):

@@ -167,9 +167,9 @@ def own_network(folder: File, contract: Contract) -> tuple[nn.Module, list[File]
         net = build(contract.network)
     except (ValueError, TypeError, RuntimeError, OverflowError, MemoryError) as error:
         raise Refused(f"{folder / CONTRACT}: network: {str(error).splitlines()[0][:200]}") from None
-    if net.config.shape != contract.shape:
-        shapes = f"{list(net.config.shape)}, the contract {list(contract.shape)}"
-        raise Refused(f"{folder / CONTRACT}: the network has shape {shapes}")
+    shape = tuple(getattr(net.config, "shape", contract.shape))
+    if shape != contract.shape:
+        raise Refused(f"{folder / CONTRACT}: the network has shape {list(shape)}, the contract {list(contract.shape)}")
     file = folder / "model.safetensors" if contract.pipeline is None else folder / "unet" / PART_WEIGHTS
     load_weights(net, file)
     return net.eval().requires_grad_(False), [file]
