@@ -1,5 +1,6 @@
 """What every test starts from: one thread, fixed seeds, and real data where it is at hand."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -13,6 +14,12 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seeds():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory):
+    """Latents and embeddings that tests make are kept among their other files."""
+    os.environ["FEWSTEP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")

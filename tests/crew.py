@@ -283,8 +283,8 @@ def life(recipe, run, clock=None):
     """All of a run but the evaluation and the packing of its student: opened, taught, kept."""
     sys.setprofile(clock)
     try:
-        watch, setting = _begin(recipe, run, True, "cpu", None)
-        _learn(recipe, run, setting, True, "cpu", watch, "train")
+        watch, setting, open_run = _begin(recipe, run, True, "cpu", None, False)
+        _learn(recipe, run, setting, True, "cpu", watch, "train", open_run)
     finally:
         sys.setprofile(None)
     return clock and (clock.events, clock.writing)
@@ -378,9 +378,9 @@ def bad_days(folder):
         changed = recipe_of(
             "dmd2", steps=6, task={"name": "mixture", "options": {**BASE["task"]["options"], "std": 0.5}}
         )
-        watch, setting = _begin(recipe, run, True, "cpu", None)
+        watch, setting, open_run = _begin(recipe, run, True, "cpu", None, False)
         setting = jobs.prepare(changed, run, "cpu", Nobody())
-        return told(lambda: _learn(recipe, run, setting, True, "cpu", watch, "train"))
+        return told(lambda: _learn(recipe, run, setting, True, "cpu", watch, "train", open_run))
 
     (found["teacher"],) = Crew(1, lambda: other(folder / "teacher"), folder / "crew").results()
 

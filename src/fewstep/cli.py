@@ -380,7 +380,10 @@ def init(
 Teacher = Annotated[
     str, typer.Argument(metavar="TEACHER|RECIPE", help="A name, a diffusers folder, a recipe file, a run.")
 ]
-Data = Annotated[Path | None, typer.Option(help="Images of a diffusers teacher: a folder or an .npz file.")]
+Data = Annotated[
+    Path | None,
+    typer.Option(help="Pictures for a diffusers teacher: a folder, .npz, .zip, .tar, .parquet (docs/data.md)."),
+]
 Lora = Annotated[
     int | None, typer.Option(min=1, metavar="RANK", help="Train adapters of this rank on the teacher's own weights.")
 ]

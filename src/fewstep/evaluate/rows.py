@@ -226,7 +226,7 @@ def read_scores(file: Path) -> Scores:
         raise Refused(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
     try:
         raw = json.loads(text, parse_constant=_no_constant)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Refused(f"{file} is damaged ({error}): evaluate the run again") from None
     found = raw.get("schema") if isinstance(raw, dict) else None
     if found != SCORES:

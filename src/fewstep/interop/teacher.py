@@ -199,6 +199,9 @@ def own_network(folder: File, contract: Contract) -> tuple[nn.Module, list[File]
         net = build(contract.network)
     except (ValueError, TypeError, RuntimeError, OverflowError, MemoryError) as error:
         raise Refused(f"{folder / CONTRACT}: network: {str(error).splitlines()[0][:200]}") from None
+    shape = tuple(getattr(net.config, "shape", contract.shape))
+    if shape != contract.shape:
+        raise Refused(f"{folder / CONTRACT}: the network has shape {list(shape)}, the contract {list(contract.shape)}")
     file = folder / "model.safetensors" if contract.pipeline is None else folder / "unet" / PART_WEIGHTS
     load_weights(net, file)
     return net.eval().requires_grad_(False), [file]
@@ -241,6 +244,9 @@ def load_pipeline(
             raise Refused(f"{folder}: part {name!r} is a {one}, which diffusers {diffusers.__version__} does not have")
         if isinstance(found, type) and issubclass(found, ModelMixin):
             loaded[name] = _load_part(found, folder / name)
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
     try:
         stock: Any = wanted
         pipe = stock.from_pretrained(str(folder), local_files_only=True, use_safetensors=True, **loaded)
@@ -249,7 +255,10 @@ def load_pipeline(
     pipe.set_progress_bar_config(disable=True)
     if dress is not None:
         dress(pipe)
-    recording = record(pipe, call)
+    try:
+        recording = record(pipe, call)
+    except (RuntimeError, TypeError, ArithmeticError, LookupError) as error:  # what a strange configuration provokes
+        raise Refused(f"{folder} loads as {kind}, but does not run: {_line(error)}") from None
     return pipe, recording, recording.part
 
 

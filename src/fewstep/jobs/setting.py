@@ -12,8 +12,10 @@ from ..errors import Refused
 from ..method import Method
 from ..student import Student
 from ..tasks import task_named
-from ..tasks.base import Task
+from ..tasks.base import Picked, Task
 from ..tasks.encoded import Encoded
+from ..tasks.images import Images
+from ..tasks.shards import Shards, cache_folder, encoder_hash
 from ..train.build import method_class, method_options, straightened
 from ..train.processes import alone
 from ..train.recipe import Recipe, TeacherSection, load_recipe
@@ -48,6 +50,8 @@ def prepare(recipe: Recipe, run: File, device: str, watch: Watch, resume: bool =
             if side[0] in (1, 3):
                 options.setdefault("channels", side[0])
     task = task_named(recipe.task.name, options)
+    if isinstance(task, Images) and task.train.captions is not None and getattr(teacher, "embed", None) is not None:
+        _read_captions(task, teacher, watch)
     raw: Denoiser | None = None
     if section is not None and section.source == "law":
         if task.law is None:
@@ -63,13 +67,36 @@ def prepare(recipe: Recipe, run: File, device: str, watch: Watch, resume: bool =
                     f"teacher {teacher.name} makes {size_text(teacher.shape)}, the data is {size_text(task.shape)}: "
                     "set task.options size and channels to match"
                 )
-            task = Encoded(task, teacher.shape, teacher.encode, teacher.decode)
+            encoder = encoder_hash(teacher.kind, teacher.pipeline.vae)
+            task = Encoded(
+                task, teacher.shape, teacher.encode, teacher.decode, encoder=encoder, cache=cache_folder()
+            )  # fmt: skip
+            _fill("latents", task.latents, watch)
     denoiser = raw
     if raw is not None and section is not None and section.guidance != 1:
         denoiser = Guided(raw, section.guidance, teacher.null if teacher is not None else None)
     if raw is not None:
         raw.to(device)
+    found = task.summary()
+    if found is not None:
+        watch.say(found)
     return Setting(task, teacher, denoiser, raw, task.shape)
+
+
+def _read_captions(task: Images, teacher: Any, watch: Watch) -> None:
+    """Captions, through the teacher's text encoders, are the condition; each is read once."""
+    parts = sorted(teacher.pipeline.components.items())
+    readers = [part for name, part in parts if name.startswith(("text_encoder", "tokenizer")) and part is not None]
+    task.use_captions(teacher.embed, encoder_hash(teacher.kind, *readers), cache_folder())
+    for split in (task.train, task.test):
+        if isinstance(split.held_cond, Picked) and isinstance(split.held_cond.source, Shards):
+            _fill("captions", split.held_cond.source, watch)
+
+
+def _fill(label: str, shards: Shards, watch: Watch) -> None:
+    watch.start(label, len(shards))
+    shards.fill(lambda done: watch.advance(label, done))
+    watch.finish(label)
 
 
 def _teacher(section: TeacherSection, recipe: Recipe, run: File, device: str, watch: Watch, resume: bool) -> Any:
@@ -79,6 +106,7 @@ def _teacher(section: TeacherSection, recipe: Recipe, run: File, device: str, wa
     if source.startswith("recipe:"):
         from .training import train
 
+        _ends(source)
         nested = load_recipe(source.removeprefix("recipe:"), [f"seed={recipe.seed}"])
         if nested.task.name == recipe.task.name:
             nested = nested.model_copy(update={"task": recipe.task})
@@ -90,6 +118,17 @@ def _teacher(section: TeacherSection, recipe: Recipe, run: File, device: str, wa
     folder = File(source)
     inside = folder / "teacher" if (folder / "teacher" / "fewstep.json").is_file() else source
     return load_teacher(inside, lora=lora, strength=strength)
+
+
+def _ends(source: str) -> None:
+    """Refuse recipes that teach each other in a circle."""
+    seen: list[str] = []
+    while source.startswith("recipe:"):
+        if source in seen:
+            raise Refused(f"{source.removeprefix('recipe:')} teaches itself: name a teacher that is there already")
+        seen.append(source)
+        section = load_recipe(source.removeprefix("recipe:")).teacher
+        source = section.source if section is not None else ""
 
 
 def _picture_side(teacher: Any) -> tuple[int, int]:

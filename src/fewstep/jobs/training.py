@@ -7,7 +7,7 @@ import platform
 import shlex
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path as File
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..rng import Rng, mix
 from ..student import Student
 from ..tasks.base import Task
 from ..tasks.encoded import Encoded
-from ..train.build import inner_of, make_student, method_class
+from ..train.build import inner_of, make_student, method_class, method_options
 from ..train.pairs import Pairs
 from ..train.processes import after_first, again, alone, world
 from ..train.recipe import Recipe, load_recipe, write_recipe
@@ -52,15 +52,29 @@ def _open_run(recipe: Recipe, run: File, resume: bool, device: str, accepted: li
 
 
 def _learn(
-    recipe: Recipe, run: File, setting: Setting, resume: bool, device: str, watch: Watch, verb: str
+    recipe: Recipe,
+    run: File,
+    setting: Setting,
+    resume: bool,
+    device: str,
+    watch: Watch,
+    verb: str,
+    open_run: Callable[[], None] | None = None,
 ) -> tuple[Student, dict[str, Any]]:
-    """All stages of a recipe; stages that a stopped run had finished are read back."""
+    """All stages of a recipe; stages that a stopped run had finished are read back.
+
+    ``open_run`` begins the run folder, once it is known that the recipe fits.
+    """
     resume_line = again(f"{verb} {shlex.quote(str(run))} --resume")
     made_of = {} if setting.raw is None else {"teacher": _teacher_hash(setting)}
     facts: dict[str, Any] = {"steps": [], "seconds": 0.0, "pairs_seconds": 0.0, "warnings": []}
     student: Student | None = None
-    for index in range(len(recipe.stages) + 1):
-        part = recipe.stage(index)
+    parts = [recipe.stage(index) for index in range(len(recipe.stages) + 1)]
+    for part in parts:  # nothing is written for a recipe that does not fit
+        method_options(part.method, part, setting.task)
+    if resume and open_run is not None:
+        open_run()
+    for index, part in enumerate(parts):
         torch.manual_seed(mix(recipe.seed, "weights", index))
         fresh = make_student(part, setting.task, setting.raw, setting.shape)
         if student is not None:
@@ -83,6 +97,8 @@ def _learn(
             spent = done[1]
         else:
             method = game(part, setting, fresh)
+            if index == 0 and not resume and open_run is not None:
+                open_run()
             began = time.perf_counter()
             wanted = method.pairs()
             pairs = None
@@ -156,16 +172,15 @@ def _teacher_hash(setting: Setting) -> str:
 
 def _begin(
     recipe: Recipe, run: File, resume: bool, device: str, watch: Watch | None, accept_licence: bool
-) -> tuple[Watch, Setting]:
-    """Ask for consent, clear away what a killed run left, load what the recipe names, open the run folder."""
+) -> tuple[Watch, Setting, Callable[[], None]]:
+    """Ask for consent, clear away what a killed run left, load what the recipe names; what opens the run folder."""
     here = world()
     eyes = watch if watch is not None and here.first else Nobody()
     accepted = alone(lambda: consent(recipe, run, accept_licence, resume))
     alone(lambda: sweep(run))
     place = "cpu" if recipe.parallel.shard and here.size > 1 else device  # sharded, it may fit no device whole
     setting = prepare(recipe, run, place, eyes, resume)
-    alone(lambda: _open_run(recipe, run, resume, device, accepted))
-    return eyes, setting
+    return eyes, setting, lambda: alone(lambda: _open_run(recipe, run, resume, device, accepted))
 
 
 def unfinished(run: File) -> File:
@@ -212,8 +227,8 @@ def train(
 
     Refused where a teacher's licence forbids something and it was not accepted.
     """
-    eyes, setting = _begin(recipe, run, resume, device, watch, accept_licence)
-    student, facts = _learn(recipe, run, setting, resume, device, eyes, "train")
+    eyes, setting, open_run = _begin(recipe, run, resume, device, watch, accept_licence)
+    student, facts = _learn(recipe, run, setting, resume, device, eyes, "train", open_run)
     folder = alone(lambda: _save(recipe, run, setting, student, facts, None, eyes))
     return {"model": str(folder), **{k: v for k, v in facts.items() if k != "warnings"}, "warnings": facts["warnings"]}
 
@@ -231,8 +246,8 @@ def distill(
 
     Refused where a teacher's licence forbids something and it was not accepted.
     """
-    eyes, setting = _begin(recipe, run, resume, device, watch, accept_licence)
-    student, facts = _learn(recipe, run, setting, resume, device, eyes, "distill")
+    eyes, setting, open_run = _begin(recipe, run, resume, device, watch, accept_licence)
+    student, facts = _learn(recipe, run, setting, resume, device, eyes, "distill", open_run)
     if recipe.precision.dtype == "bfloat16":
         facts["drift"] = bits_of_run(student, setting.task, device)
         eyes.say(facts["drift"]["line"])

@@ -45,6 +45,8 @@ def sample(
         raise Refused(f"plan {plan}: searched plans are not part of this version; leave out --plan")
     if count < 1:
         raise Refused(f"count must be at least 1, got {count}")
+    if not 0 <= seed < 2**62:
+        raise Refused(f"seed must lie between 0 and {2**62 - 1}, got {seed}")
     folder = _model(File(model))
     known = (folder / "fewstep.json").is_file()
     role = Contract.load(folder).role if known else "teacher"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
+import torch
 from pydantic import Field, TypeAdapter
 
 from .base import Net, NetConfig
@@ -26,6 +27,9 @@ __all__ = [
     "config_of",
 ]
 
+MOST = 2**30
+"""Parameters of one network of this package."""
+
 AnyConfig = Annotated[UNetConfig | MLPConfig | DiTConfig, Field(discriminator="kind")]
 
 
@@ -44,6 +48,14 @@ def build(description: dict[str, Any] | NetConfig) -> Net:
     'mlp'
     """
     config = config_of(description)
+    with torch.device("meta"):  # shapes alone: a description may come from anywhere, and memory is not asked first
+        count = sum(value.numel() for value in _build(config).parameters())
+    if count > MOST:
+        raise ValueError(f"a network of {count} parameters is too large: at most {MOST}")
+    return _build(config)
+
+
+def _build(config: NetConfig) -> Net:
     if isinstance(config, UNetConfig):
         return UNet(config)
     if isinstance(config, DiTConfig):

@@ -19,8 +19,8 @@ class DiTConfig(NetConfig):
     kind: Literal["dit"] = "dit"
     shape: tuple[int, int, int] = Field(description="channels, height, width of a sample")
     patch: int = Field(2, ge=1)
-    width: int = Field(96, ge=4)
-    depth: int = Field(4, ge=1)
+    width: int = Field(96, ge=4, le=2**16)
+    depth: int = Field(4, ge=1, le=1000)
     heads: int = Field(4, ge=1)
     classes: int | None = None
     reads_s: bool = False

@@ -18,8 +18,8 @@ class MLPConfig(NetConfig):
 
     kind: Literal["mlp"] = "mlp"
     shape: tuple[int, ...] = Field(description="of one sample")
-    width: int = Field(128, ge=2)
-    depth: int = Field(3, ge=1)
+    width: int = Field(128, ge=2, le=2**16)
+    depth: int = Field(3, ge=1, le=1000)
     classes: int | None = None
     reads_s: bool = False
 

@@ -19,8 +19,10 @@ class UNetConfig(NetConfig):
 
     kind: Literal["unet"] = "unet"
     shape: tuple[int, int, int] = Field(description="channels, height, width of a sample")
-    widths: tuple[int, ...] = Field((16, 32), description="channels of each level; each level halves the picture")
-    depth: int = Field(1, ge=1, description="residual blocks a level on the way down (one more on the way up)")
+    widths: tuple[int, ...] = Field(
+        (16, 32), max_length=16, description="channels of each level; each level halves the picture"
+    )
+    depth: int = Field(1, ge=1, le=1000, description="residual blocks a level on the way down (one more on the way up)")
     attention: tuple[bool, ...] = Field((False, True), description="self-attention at each level")
     mid_attention: bool = True
     head_width: int = Field(8, ge=1)

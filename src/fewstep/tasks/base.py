@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -15,18 +15,54 @@ from ..part import Part
 from ..rng import Rng, mix
 
 
-@dataclass(frozen=True)
-class Split:
-    """Clean samples [count, *shape] in the network's range, with their conditions."""
+class Lazy(Protocol):
+    """Rows of samples or of conditions that are made when they are asked for: ``lazy[index]`` for some of them."""
 
-    data: Tensor
-    cond: Cond
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: Tensor | slice, /) -> Any: ...
+
+
+class Split:
+    """Clean samples [count, *shape] in the network's range, with their conditions and, where known, their captions.
+
+    Samples and conditions are tensors, or ``Lazy``: pixels kept as bytes, latents on disk, captions that a text
+    encoder reads. ``data`` and ``cond`` are all rows, made anew at each look where they are lazy: ask for ``rows``.
+    """
+
+    def __init__(self, data: Tensor | Lazy, cond: Cond | Lazy, captions: tuple[str, ...] | None = None) -> None:
+        self.held, self.held_cond, self.captions = data, cond, captions
 
     def __len__(self) -> int:
-        return self.data.shape[0]
+        return len(self.held)
+
+    @property
+    def data(self) -> Tensor:
+        whole: Tensor = self.held if isinstance(self.held, Tensor) else self.held[:]
+        return whole
+
+    @property
+    def cond(self) -> Cond:
+        held = self.held_cond
+        return held if held is None or isinstance(held, Tensor | dict) else held[:]
 
     def rows(self, index: Tensor | slice) -> Split:
-        return Split(self.data[index], rows(self.cond, index))
+        held = self.held_cond
+        cond = rows(held, index) if held is None or isinstance(held, Tensor | dict) else held[index]
+        return Split(self.held[index], cond)
+
+
+@dataclass(frozen=True)
+class Picked:
+    """Chosen rows of a ``Lazy``, by number."""
+
+    source: Lazy
+    index: Tensor
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, index: Tensor | slice) -> Any:
+        return self.source[self.index[index]]
 
 
 class Task(ABC):
@@ -82,6 +118,14 @@ class Task(ABC):
     def augment(self, data: Tensor, rng: Rng) -> Tensor:
         """A random variation of training samples that keeps their law; none by default."""
         return data
+
+    def views(self, data: Tensor) -> tuple[Tensor, ...]:
+        """All variations that ``augment`` draws from, equally likely: what encoded samples are kept of."""
+        return (data,)
+
+    def summary(self) -> str | None:
+        """What was found, in one line, where the data is a user's own."""
+        return None
 
     def batch(self, size: int, seed: int, step: int, turn: int = 0, rows: tuple[int, int] | None = None) -> Batch:
         """The training batch of a turn: a pure function of (seed, step, turn), epochs without replacement.

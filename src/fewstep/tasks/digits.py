@@ -83,3 +83,8 @@ class Digits(Task):
             for chosen, by in ((on, 1), (back, -1)):  # the blank line that leaves comes back on the other side
                 data = torch.where(chosen[:, None, None, None], data.roll(by, axis), data)
         return data
+
+    def views(self, data: Tensor) -> tuple[Tensor, ...]:
+        if self.options.augment:
+            raise Refused("shifted digits cannot be encoded once for all: leave out augment with an autoencoder")
+        return (data,)

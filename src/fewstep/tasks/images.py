@@ -1,10 +1,11 @@
-"""Images: a folder of pictures, or an .npz of pixels."""
+"""Images: pictures from folders, archives and tables, or an .npz of pixels."""
 
 from __future__ import annotations
 
-import json
+import re
 import warnings
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path as File
@@ -16,26 +17,35 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from ..cond import Cond
 from ..errors import Refused, need
 from ..part import Part
 from ..registry import task
 from ..rng import Rng
 from .base import Split, Task
+from .captions import captioned
+from .pictures import Background, Shape, read_pictures
 from .split import data_hash, stratified
+from .tables import saved_splits, table_portion
+from .trees import Folder, Found, Portion, Tar, Zip, portions
 
-SUFFIXES = frozenset([".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"])
-MAX_PIXELS = 100_000_000
-"""Of one picture; a larger one is taken for a decompression bomb."""
 MAX_BYTES = 16 * 2**30
-"""Of all pixels of a data set in memory, as float32."""
+"""Of all pixels of a data set in memory, a byte each."""
+MAX_CLASSES = 100_000
 TEST_SHARE, TEST_MOST = 0.1, 2000
 """Where the data has no test split, this share of it becomes one, up to so many."""
+NAMED = 3
+"""So many of the files that were skipped are named."""
+FORMATS = "a folder of pictures, an .npz, .parquet, .arrow, .tar or .zip, or a folder of datasets.save_to_disk"
 
 
 class ImagesOptions(Part):
-    path: str = Field(description="a folder of pictures, or an .npz")
-    size: int | None = Field(None, ge=1, description="side in pixels: the shorter side is resized, the rest cropped")
+    path: str = Field(description=FORMATS)
+    size: int | None = Field(
+        None, ge=1, le=2**14, description="side in pixels: the shorter side is resized, the rest cropped"
+    )
     channels: Literal[1, 3] | None = Field(None, description="1 grey, 3 colour; None: as found")
+    background: Background = Field("white", description="what is seen through transparent parts")
     patch: int = Field(1, ge=1, description="blocks of patch x patch pixels become channels: smaller networks")
     flip: bool = Field(False, description="mirror half of the training pictures, left and right")
     test_count: int | None = Field(None, ge=1, description="pictures to measure against; None: all, or a tenth")
@@ -50,30 +60,48 @@ class ImagesOptions(Part):
 
 @dataclass(frozen=True)
 class Pixels:
-    """uint8 [count, height, width, channels] with labels [count], or None where there are none."""
+    """uint8 [count, channels, height, width], with labels [count] and captions, or None where there are none."""
 
     data: np.ndarray
     labels: np.ndarray | None
+    captions: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.data)
 
     def rows(self, index: np.ndarray | slice) -> Pixels:
-        return Pixels(self.data[index], None if self.labels is None else self.labels[index])
+        labels, captions = (None if held is None else held[index] for held in (self.labels, self.captions))
+        return Pixels(self.data[index], labels, captions)
+
+
+@dataclass(frozen=True)
+class Unpacked:
+    """Rows of bytes as samples in [-1, 1], in patches: a quarter of the memory of numbers."""
+
+    data: Tensor
+    patch: int
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: Tensor | slice) -> Tensor:
+        return F.pixel_unshuffle(self.data[index].float().div_(127.5).sub_(1), self.patch)
 
 
 @task("images")
 class Images(Task):
-    """Pictures from a folder or an .npz, with or without labels, in [-1, 1].
+    """Pictures with or without labels or captions, in [-1, 1]; whatever the format, the same split.
 
-    A folder: labels are the names of its sub-folders, or the field ``label`` in ``metadata.jsonl`` (one line
-    for each picture, with ``file_name``); pictures straight in the folder have none. Sub-folders ``train`` and
-    ``test`` are the splits. Files that cannot be read are skipped, with a warning and a count in ``skipped``.
+    A folder, a .zip or a .tar: labels are the names of sub-folders, or stand in a ``.cls`` or ``.json`` beside each
+    picture; captions in a ``.txt``. Or all in ``metadata.jsonl``: one line for each picture with ``file_name`` and,
+    if known, ``label`` and ``text``. Folders ``train`` and ``test`` are the splits. Parquet, arrow and what
+    ``save_to_disk`` wrote: columns ``image``, ``label``, ``text``.
 
-    An .npz: ``images`` uint8 [N, H, W] or [N, H, W, C] and, if known, ``labels`` [N]; or both twice, as
-    ``train_images, train_labels, test_images, test_labels``.
+    An .npz: ``images`` uint8 [N, H, W] or [N, H, W, C] and, if known, ``labels`` and ``captions`` [N]; or all twice,
+    as ``train_images, train_labels, test_images, test_labels``.
 
-    ``patch = p`` moves blocks of pixels to channels, [C p p, H / p, W / p]; ``pictures`` undoes it.
+    Files that cannot be read are skipped, with a warning, a count in ``skipped`` and their first names. Pixels are
+    kept as bytes. ``patch = p`` moves blocks of pixels to channels, [C p p, H / p, W / p]; ``pictures`` undoes it.
     """
 
     Options = ImagesOptions
@@ -81,19 +109,12 @@ class Images(Task):
 
     def __init__(self, options: ImagesOptions) -> None:
         self.options = options
-        self.skipped = 0
+        self.skipped = self.animated = 0
+        self.skipped_names: list[str] = []
         self.class_names: tuple[str, ...] = ()
-        source = File(options.path).expanduser()
-        if not source.exists():
-            raise Refused(f"no such folder or file: {options.path}")
-        if source.is_dir():
-            train, test = self._from_folder(source)
-        elif source.suffix == ".npz":
-            train, test = self._from_npz(source)
-        else:
-            raise Refused(f"{options.path} is neither a folder of pictures nor an .npz")
-        train, test = self._cut(train, test)
-        height, width, channels = train.data.shape[1:]
+        self._null: Callable[[int], Cond] | None = None
+        train, test = self._cut(*self._open(File(options.path).expanduser()))
+        channels, height, width = train.data.shape[1:]
         p = options.patch
         if height % p or width % p:
             raise Refused(f"patch = {p} does not divide pictures of {height}x{width}: pass a size that it divides")
@@ -118,12 +139,57 @@ class Images(Task):
         """Hash of the samples and labels of both splits."""
         return data_hash(self._train.data, self._train.cond, self._test.data, self._test.cond)
 
+    def summary(self) -> str:
+        p = self.options.patch
+        channels, height, width = self.shape[0] // p**2, self.shape[1] * p, self.shape[2] * p
+        parts = [
+            f"{len(self._train) + len(self._test):,} pictures ({len(self._train):,} to learn from, "
+            f"{len(self._test):,} to measure against)",
+            f"{width}x{height} {'grey' if channels == 1 else 'colour'}",
+            f"{self.classes} labels" if self.class_names else "no labels",
+            "captions" if self._train.captions is not None else "no captions",
+        ]
+        if self.animated:
+            parts.append(f"{self.animated} animated (first frame)")
+        parts.append(f"{self.skipped} skipped ({self._named()})" if self.skipped else "none skipped")
+        return f"{self.options.path}: {', '.join(parts)}"
+
+    def use_captions(
+        self,
+        embed: Callable[[list[str]], dict[str, Tensor]],
+        encoder: str,
+        cache: File | None = None,
+    ) -> None:
+        """Take captions, as a text encoder reads them, for the condition; labels are left aside.
+
+        ``embed`` gives a dictionary with one row a caption; ``encoder`` is the hash of what stands behind it, and
+        names the shards in ``cache``. Refused where the data has no captions.
+        """
+        self._train, self._test = (
+            captioned(split, embed, encoder, cache, self.options.path) for split in (self._train, self._test)
+        )
+        nothing = embed([""])
+        self._null = lambda count: {k: v[:1].expand(count, *v.shape[1:]) for k, v in nothing.items()}
+        self.classes = None
+
+    def null(self, cond: Cond) -> Cond:
+        """ "No condition": the label one past the last, or the empty caption."""
+        if isinstance(cond, dict) and self._null is not None:
+            first = next(iter(cond.values()))
+            return {k: v.to(first.device) for k, v in self._null(len(first)).items()}  # type: ignore[union-attr]
+        return super().null(cond)
+
     def augment(self, data: Tensor, rng: Rng) -> Tensor:
         if not self.options.flip:
             return data
-        mirrored = F.pixel_unshuffle(F.pixel_shuffle(data, self.options.patch).flip(3), self.options.patch)
         half = rng.integers(2, len(data)).to(data.device).bool()
-        return torch.where(half[:, None, None, None], mirrored, data)
+        return torch.where(half[:, None, None, None], self._mirrored(data), data)
+
+    def views(self, data: Tensor) -> tuple[Tensor, ...]:
+        return (data, self._mirrored(data)) if self.options.flip else (data,)
+
+    def _mirrored(self, data: Tensor) -> Tensor:
+        return F.pixel_unshuffle(F.pixel_shuffle(data, self.options.patch).flip(3), self.options.patch)
 
     def pictures(self, x: Tensor) -> Tensor | None:
         low, high = self.value_range
@@ -154,57 +220,101 @@ class Images(Task):
         return whole.rows(kept.numpy()), whole.rows(held.numpy())
 
     def _split(self, part: Pixels) -> Split:
-        data = torch.from_numpy(np.ascontiguousarray(part.data.transpose(0, 3, 1, 2))).float().div_(127.5).sub_(1)
+        data = Unpacked(torch.from_numpy(np.ascontiguousarray(part.data)), self.options.patch)
         label = None if part.labels is None else torch.from_numpy(part.labels)
-        return Split(F.pixel_unshuffle(data, self.options.patch), label)
+        return Split(data, label, None if part.captions is None else tuple(part.captions.tolist()))
 
     def _fits(self, count: int, height: int, width: int, channels: int) -> None:
-        size = 4 * count * height * width * channels
+        size = count * height * width * channels
         if size > MAX_BYTES:
             memory = f"{size / 2**30:.0f} GiB of memory"
             raise Refused(f"{count} pictures of {height}x{width} need {memory}: pass a smaller size, or fewer pictures")
 
-    # -- folders ------------------------------------------------------------------------------
+    # -- sources ------------------------------------------------------------------------------
 
-    def _from_folder(self, root: File) -> tuple[Pixels, Pixels | None]:
+    def _open(self, source: File) -> tuple[Pixels, Pixels | None]:
+        """Whatever the path is, as pixels: both splits, or all in one."""
+        where = self.options.path
+        try:
+            there = "\0" not in where and source.exists()
+        except OSError:  # a name that no file can have
+            there = False
+        if not there:
+            raise Refused(f"no such folder or file: {where!r:.200}")
+        if source.is_file() and source.suffix == ".npz":
+            return self._from_npz(source)
         need("PIL", "evaluate")
-        parts = [root / "train", root / "test"] if (root / "train").is_dir() and (root / "test").is_dir() else [root]
-        listed = [_listing(part) for part in parts]
-        names = sorted({name for rows in listed for _, name in rows if name is not None}, key=_natural)
-        self.class_names = tuple(names)
-        read = [self._read_all(rows, names) for rows in listed]
+        if source.is_dir():
+            found = _in_folder(source)
+        elif source.is_file() and source.suffix in READERS:
+            found = READERS[source.suffix](source)
+            if not found[0].count and found[0].count is not None:
+                raise Refused(f"no pictures in {source}: it needs files such as .png, .jpg or .webp, or rows")
+        else:
+            raise Refused(f"{where} is none of these: {FORMATS}")
+        return self._read(found, source)
+
+    def _read(self, found: tuple[Portion, Portion | None], root: File) -> tuple[Pixels, Pixels | None]:
+        parts = [part for part in found if part is not None]
+        with warnings.catch_warnings():  # of Pillow, about odd files; they are counted
+            warnings.simplefilter("ignore")
+            blocks = [self._decoded(part) for part in parts]
         if self.skipped:
-            total = sum(map(len, listed))
-            warnings.warn(f"skipped {self.skipped} of {total} files in {root}: not a readable picture", stacklevel=4)
-        grey = all(picture.shape[2] == 1 for pictures, _ in read for picture in pictures)
+            total = sum(len(held) for held, _ in blocks) + self.skipped
+            line = f"skipped {self.skipped} of {total} files in {root}: not a readable picture ({self._named()})"
+            warnings.warn(line, stacklevel=5)
+        labels = [row.label for _, rows in blocks for row in rows]
+        names, number = _numbered(labels, parts[0].names, root)
+        self.class_names = names
+        grey = all(picture.shape[2] == 1 for pictures, _ in blocks for picture in pictures)
         channels = self.options.channels or (1 if grey else 3)
-        split = [self._stack(pictures, labels, channels, root) for pictures, labels in read]
+        captions = any(row.caption is not None for _, rows in blocks for row in rows)
+        split = []
+        for pictures, rows in blocks:
+            data = _stacked(pictures, channels, root, self._named())
+            split.append(
+                Pixels(
+                    data,
+                    np.array([number(row.label) for row in rows], dtype=np.int64) if names else None,
+                    np.array([row.caption or "" for row in rows], dtype=object) if captions else None,
+                )
+            )
         return split[0], split[1] if len(split) == 2 else None
 
-    def _read_all(self, rows: list[tuple[File, str | None]], names: list[str]) -> tuple[list[np.ndarray], list[int]]:
+    def _decoded(self, part: Portion) -> tuple[list[np.ndarray], list[Found]]:
+        """All pictures that can be read, and what is known about them; memory is checked while it grows."""
         pictures: list[np.ndarray] = []
-        labels: list[int] = []
-        number = {name: i for i, name in enumerate(names)}
-        for file, name in rows:
-            picture = read_picture(file, self.options.size, self.options.channels)
-            if picture is None:
-                self.skipped += 1
-                continue
-            if not pictures:
-                self._fits(len(rows), *picture.shape)
-            pictures.append(picture)
-            labels.append(number[name] if name is not None else -1)
-        return pictures, labels
+        kept: list[Found] = []
+        seen: list[Found] = []
+        size = 0
 
-    def _stack(self, pictures: list[np.ndarray], labels: list[int], channels: int, root: File) -> Pixels:
-        if not pictures:
-            raise Refused(f"none of the pictures in {root} could be read")
-        sizes = sorted({p.shape[:2] for p in pictures})
-        if len(sizes) > 1:
-            (h, w), (i, j) = sizes[0], sizes[-1]
-            raise Refused(f"pictures in {root} differ in size, {w}x{h} and {j}x{i}: pass a size")
-        data = np.stack([p if p.shape[2] == channels else p.repeat(channels, 2) for p in pictures])
-        return Pixels(data, np.array(labels, dtype=np.int64) if self.class_names else None)
+        def noted() -> Any:
+            for row in part.items:
+                seen.append(row)
+                yield row.name, row.picture
+
+        o = self.options
+        for k, read in enumerate(read_pictures(noted(), Shape(o.size, o.channels, o.background))):
+            row = seen[k]
+            seen[k] = None  # type: ignore[call-overload]
+            if read.pixels is None:
+                self.skipped += 1
+                if len(self.skipped_names) < NAMED:
+                    self.skipped_names.append(f"{row.name}: {read.reason}")
+                continue
+            self.animated += read.animated
+            size += read.pixels.size
+            if not pictures:
+                self._fits(part.count or 1, *read.pixels.shape)
+            elif size > MAX_BYTES:
+                self._fits(len(pictures) + 1, *read.pixels.shape)
+            pictures.append(read.pixels)
+            kept.append(Found(row.name, None, row.label, row.caption))
+        return pictures, kept
+
+    def _named(self) -> str:
+        more = self.skipped - len(self.skipped_names)
+        return "; ".join(self.skipped_names) + (f"; and {more} more" if more > 0 else "")
 
     # -- npz ----------------------------------------------------------------------------------
 
@@ -240,21 +350,123 @@ class Images(Task):
         if images.size == 0:
             raise Refused(f"{prefix}images in {file} is empty: {got}")
         images = images[..., None] if images.ndim == 3 else images
+        captions = archive[f"{prefix}captions"] if f"{prefix}captions" in archive.files else None
+        if captions is not None and (captions.shape != images.shape[:1] or captions.dtype.kind != "U"):
+            got = f"{captions.dtype} {list(captions.shape)}"
+            raise Refused(f"{prefix}captions in {file} must be {len(images)} texts, got {got}")
         labels = archive[f"{prefix}labels"] if f"{prefix}labels" in archive.files else None
         if labels is not None:
             if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0:
                 got = f"{labels.dtype} {list(labels.shape)}"
                 raise Refused(f"{prefix}labels in {file} must be {len(images)} whole numbers from 0, got {got}")
+            if labels.max() >= MAX_CLASSES:
+                raise Refused(f"{prefix}labels in {file} go up to {labels.max()}: at most {MAX_CLASSES - 1} is read")
             labels = labels.astype(np.int64)
         size, channels = self.options.size, self.options.channels
         if (size and images.shape[1:3] != (size, size)) or (channels and images.shape[3] != channels):
             need("PIL", "evaluate")
-            from PIL import Image
-
-            whole = (Image.fromarray(image[..., 0] if image.shape[2] == 1 else image) for image in images)
-            images = np.stack([_shaped(picture, size, channels) for picture in whole])
+            read = read_pictures(((str(file), image) for image in images), Shape(size, channels))
+            images = np.stack([one.pixels for one in read if one.pixels is not None])
         self._fits(*images.shape)
-        return Pixels(images, labels)
+        return Pixels(images.transpose(0, 3, 1, 2), labels, captions)
+
+
+def _in_folder(root: File) -> tuple[Portion, Portion | None]:
+    """Pictures in a folder, else tables or archives in it."""
+    saved = saved_splits(root)
+    if saved is not None:
+        return _by_split(saved)
+    tree = Folder(root)
+    found = portions(tree)
+    if all(part is None or part.count for part in found):
+        return found
+    for suffix in (".parquet", ".arrow", ".tar", ".zip"):
+        files = [root / name for name in tree.names if name.endswith(suffix)]
+        if files and suffix in (".parquet", ".arrow"):
+            return _by_split(_grouped(files))
+        if files:
+            trees = {name: [READERS[suffix](file)[0] for file in held] for name, held in _grouped(files).items()}
+            joined = {name: _joined(held) for name, held in trees.items()}
+            return _two(joined)
+    raise Refused(f"no pictures in {root}: it needs files such as .png, .jpg or .webp (or .parquet, .tar, .zip)")
+
+
+def _joined(parts: list[Portion]) -> Portion:
+    rows = [row for part in parts for row in part.items]
+    return Portion(rows, len(rows))
+
+
+def _grouped(files: list[File]) -> dict[str, list[File]]:
+    """Files by the split that their names or their folders say: train-00000-of-00002.parquet, test/0.tar."""
+    groups: dict[str, list[File]] = {}
+    for file in files:
+        words = [re.split(r"[-_.0-9]", file.name, maxsplit=1)[0], file.parent.name]
+        name = next((SPLITS[word] for word in words if word in SPLITS), "all")
+        groups.setdefault(name, []).append(file)
+    return groups
+
+
+def _by_split(files: dict[str, list[File]]) -> tuple[Portion, Portion | None]:
+    named: dict[str, list[File]] = {}
+    for name, held in files.items():
+        named.setdefault(SPLITS.get(name, name), []).extend(held)
+    return _two({name: table_portion(held) for name, held in named.items()})
+
+
+def _two(parts: dict[str, Portion]) -> tuple[Portion, Portion | None]:
+    """Train and test; without a test split the validation one stands in; without either, all is one."""
+    if "train" in parts:
+        return parts["train"], parts.get("test", parts.get("validation"))
+    if len(parts) > 1:
+        raise Refused(f"splits {', '.join(sorted(parts))}, and none is called train: rename one, or give one file")
+    return next(iter(parts.values())), None
+
+
+SPLITS = {"train": "train", "training": "train", "test": "test"}
+SPLITS |= dict.fromkeys(("validation", "valid", "val"), "validation")
+READERS: dict[str, Callable[[File], tuple[Portion, Portion | None]]] = {
+    ".zip": lambda file: portions(Zip(file)),
+    ".tar": lambda file: portions(Tar(file)),
+    ".parquet": lambda file: (table_portion([file]), None),
+    ".arrow": lambda file: (table_portion([file]), None),
+}
+
+
+def _numbered(
+    labels: list[str | int | None], names: tuple[str, ...], root: File
+) -> tuple[tuple[str, ...], Callable[[Any], int]]:
+    """The names of the classes, and the number of a label: numbers are what they are, words stand in their order."""
+    known = [label for label in labels if label is not None]
+    if not known:
+        return (), int
+    if len(known) < len(labels):
+        raise Refused(f"{root}: {len(labels) - len(known)} of {len(labels)} pictures have no label: give all, or none")
+    if all(isinstance(label, int) for label in known):
+        low, high = int(min(known)), int(max(known))  # type: ignore[type-var]
+        most = len(names) or MAX_CLASSES
+        if low < 0 or high >= most:
+            raise Refused(f"{root}: labels must be whole numbers from 0 to {most - 1}, got {low if low < 0 else high}")
+        return names or tuple(map(str, range(high + 1))), int
+    words = tuple(sorted({str(label) for label in known}, key=_natural))
+    if len(words) > MAX_CLASSES:
+        raise Refused(f"{root}: {len(words)} different labels, at most {MAX_CLASSES} are read")
+    table = {word: i for i, word in enumerate(words)}
+    return words, lambda label: table[str(label)]
+
+
+def _stacked(pictures: list[np.ndarray], channels: int, root: File, skipped: str) -> np.ndarray:
+    """[count, channels, height, width]; the list is emptied on the way, so that memory holds pixels once."""
+    if not pictures:
+        raise Refused(f"none of the pictures in {root} could be read" + (f" ({skipped})" if skipped else ""))
+    sizes = sorted({p.shape[:2] for p in pictures})
+    if len(sizes) > 1:
+        (h, w), (i, j) = sizes[0], sizes[-1]
+        raise Refused(f"pictures in {root} differ in size, {w}x{h} and {j}x{i}: pass a size")
+    data = np.empty((len(pictures), channels, *sizes[0]), dtype=np.uint8)
+    for k in range(len(pictures)):
+        data[k] = pictures[k].transpose(2, 0, 1)  # grey fills every channel
+        pictures[k] = data[k]
+    return data
 
 
 def _std(pixels: np.ndarray) -> float:
@@ -267,111 +479,3 @@ def _std(pixels: np.ndarray) -> float:
 def _natural(name: str) -> tuple[int, int, str]:
     """Whole numbers in their order, before words."""
     return (0, int(name), name) if name.isdecimal() else (1, 0, name)
-
-
-def _listing(root: File) -> list[tuple[File, str | None]]:
-    """Picture files under a folder in a fixed order, each with its label's name."""
-    table = root / "metadata.jsonl"
-    if table.is_file():
-        return _from_table(root, table)
-    found = [
-        file
-        for file in sorted(root.rglob("*"), key=lambda f: f.relative_to(root).as_posix())
-        if file.suffix.lower() in SUFFIXES
-        and file.is_file()
-        and not any(part.startswith((".", "__MACOSX")) for part in file.relative_to(root).parts)
-    ]
-    if not found:
-        raise Refused(f"no pictures in {root}: it needs files such as .png, .jpg or .webp")
-    tops = [file.relative_to(root).parts for file in found]
-    labelled = all(len(top) > 1 for top in tops) and len({top[0] for top in tops}) > 1
-    return [(file, top[0] if labelled else None) for file, top in zip(found, tops, strict=True)]
-
-
-def _from_table(root: File, table: File) -> list[tuple[File, str | None]]:
-    rows: list[tuple[File, str | None]] = []
-    for number, line in enumerate(table.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            name, label = entry["file_name"], entry.get("label")
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise Refused(f"{table}, line {number}: not an object with a file_name") from None
-        file = root / str(name)
-        if not file.resolve().is_relative_to(root.resolve()):
-            raise Refused(f"{table}, line {number}: {name!r} lies outside the folder")
-        if isinstance(label, float | bool | list | dict):
-            raise Refused(f"{table}, line {number}: a label is a whole number or a word, got {label!r}")
-        rows.append((file, None if label is None else str(label)))
-    if not rows:
-        raise Refused(f"{table} lists no pictures")
-    without = sum(label is None for _, label in rows)
-    if 0 < without < len(rows):
-        raise Refused(f"{table}: {without} of {len(rows)} lines have no label: give all of them one, or none")
-    return rows
-
-
-def read_picture(file: File, size: int | None, channels: int | None) -> np.ndarray | None:
-    """A file as uint8 [height, width, 1 or 3], upright; None where it is no picture or damaged.
-
-    Transparent parts are shown on white; 16-bit values are scaled to 8; of an animation it is the first frame.
-    Refused for a picture so large that it must be a decompression bomb.
-    """
-    from PIL import Image
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(file) as picture:
-                if picture.width * picture.height > MAX_PIXELS:
-                    raise Image.DecompressionBombError
-                return _shaped(_upright(picture), size, channels)
-    except Image.DecompressionBombError:
-        raise Refused(f"{file} unpacks to more than {MAX_PIXELS // 10**6} million pixels: remove it") from None
-    except Exception:  # a damaged file can fail anywhere in a decoder; it is counted and skipped
-        return None
-
-
-def _upright(picture: Any) -> Any:
-    from PIL import ImageOps
-
-    picture.load()
-    try:
-        return ImageOps.exif_transpose(picture)
-    except Exception:  # damaged EXIF says nothing about the pixels
-        return picture
-
-
-def _shaped(picture: Any, size: int | None, channels: int | None) -> np.ndarray:
-    """8-bit grey or colour, resized and cropped: [height, width, channels]."""
-    from PIL import Image, ImageOps
-
-    picture = _eight_bit(picture)
-    if picture.mode in ("LA", "La", "PA", "RGBa", "RGBA") or "transparency" in picture.info:
-        seen = picture.convert("RGBA")
-        flat = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
-        picture = flat.convert("L" if picture.mode in ("LA", "La", "L") else "RGB")
-    grey = picture.mode in ("1", "L")
-    mode = "L" if channels == 1 or (channels is None and grey) else "RGB"
-    picture = picture.convert(mode)
-    if size is not None and picture.size != (size, size):
-        picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
-    pixels = np.asarray(picture)
-    return pixels[..., None] if pixels.ndim == 2 else pixels
-
-
-def _eight_bit(picture: Any) -> Any:
-    """Grey of more than 8 bits, scaled: whole numbers from 0..65535, fractions from 0..1."""
-    from PIL import Image
-
-    if not (picture.mode.startswith("I") or picture.mode == "F"):
-        return picture
-    values = np.asarray(picture).astype(np.float64)
-    if not np.isfinite(values).all():
-        raise ValueError("not finite")
-    if picture.mode == "F":
-        top = 1.0 if values.max() <= 1 else 255.0
-    else:
-        top = 255.0 if picture.mode == "I" and values.max() <= 255 else 65535.0
-    return Image.fromarray((values / top * 255).round().clip(0, 255).astype(np.uint8))

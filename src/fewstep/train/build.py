@@ -135,6 +135,8 @@ def _own(recipe: Recipe, task: Task, teacher: Denoiser | None, cls: type[Method]
         kind = next((k for k in Net.__subclasses__() if k.__name__.lower() == str(description.get("kind"))), None)
         model = inspect.get_annotations(kind.__init__, eval_str=True)["config"] if kind else type(recipe.student)
         raise Refused(f"student.net: {complaint(error, model)}") from None
+    except (ValueError, RuntimeError, OverflowError) as error:  # too large for anything
+        raise Refused(f"student.net: {str(error).splitlines()[0][:200]}") from None
     path = section.path or (teacher.path if teacher is not None else Straight())
     try:
         return Wrapped(

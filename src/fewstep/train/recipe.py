@@ -36,7 +36,7 @@ class TeacherSection(Part):
     source: str = Field(
         description="a packaged name, a diffusers folder, 'law' for a task's exact law, or a student folder"
     )
-    guidance: float = Field(1.0, ge=0, description="guidance baked into pairs and trajectories")
+    guidance: float = Field(1.0, ge=0, allow_inf_nan=False, description="guidance baked into pairs and trajectories")
     lora: str | None = Field(None, description="a LoRA file (.safetensors) that is folded into the teacher")
     lora_strength: float = Field(1.0, allow_inf_nan=False, description="how much of that LoRA; 1: as its file says")
 
@@ -71,9 +71,9 @@ class Optim(Part):
     """One player's optimiser."""
 
     kind: Literal["adam", "adamw", "radam"] = "adamw"
-    lr: float = Field(1e-3, gt=0)
+    lr: float = Field(1e-3, gt=0, allow_inf_nan=False)
     betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
     clip: float | None = Field(1.0, gt=0, description="largest gradient norm; None: no limit")
 
 
@@ -177,8 +177,8 @@ class Bar(Part):
 class Stage(Part):
     """A later part of a run: what differs from the first, starting from the student so far."""
 
-    steps: int = Field(ge=1)
-    batch: int | None = Field(None, ge=1)
+    steps: int = Field(ge=1, le=10**9)
+    batch: int | None = Field(None, ge=1, le=2**20)
     method: MethodSection
     optim: OptimSection | None = None
     schedule: ScheduleSection | None = None
@@ -189,12 +189,12 @@ class Recipe(Part):
     """A run. Unknown keys are refused with the nearest valid name."""
 
     version: Literal[1] = 1
-    name: str = ""
+    name: str = Field("", pattern=r"^[^/\\\x00-\x1f]*$", description="of the run; part of a folder's name")
     papers: tuple[str, ...] = Field((), description="rows of the paper list that this recipe shows")
     licence: str = Field("", description="of the model that is made; left out: the teacher's")
-    seed: int = Field(0, ge=0)
-    steps: int = Field(ge=1, description="student updates")
-    batch: int = Field(64, ge=1)
+    seed: int = Field(0, ge=0, lt=2**63)
+    steps: int = Field(ge=1, le=10**9, description="student updates")
+    batch: int = Field(64, ge=1, le=2**20)
     task: TaskSection
     teacher: TeacherSection | None = None
     student: StudentSection = StudentSection()
@@ -280,7 +280,7 @@ def load_recipe(source: str | File, overrides: Iterable[str] = ()) -> Recipe:
         raise Refused(f"{file} is no recipe: it is larger than {LIMIT} bytes")
     try:
         data = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Refused(f"{file} is not valid TOML: {error}") from None
     data.setdefault("name", file.stem)
     return recipe_from(data, overrides, where=str(file))

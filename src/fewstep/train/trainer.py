@@ -276,9 +276,7 @@ class Trainer:
                 if getattr(precision, name):
                     raise Refused(f"parallel.shard does not go with precision.{name}: leave one of them out")
             if self.recipe.student.lora is not None:
-                raise Refused(
-                    "parallel.shard does not go with student.lora, whose players share weights: leave one out"
-                )
+                raise Refused("parallel.shard does not go with student.lora (shared weights): leave one of them out")
             self.spread = Spread(method, self.device)
         method.to(self.device)
         if several:
