@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as File
 from typing import Any
@@ -16,7 +16,8 @@ from ..denoiser import Denoiser, Wrapped
 from ..errors import Refused, need
 from .contract import CONTRACT, Contract, null_labels, read_json
 from .files import check_finite, components, licence_of, load_weights, scan, sha256, weight_files
-from .recorder import Recording, record
+from .latents import back, through
+from .recorder import Recording, embed, record
 from .schedules import Schedule
 
 ASSETS = File(__file__).resolve().parent.parent / "assets"
@@ -69,10 +70,23 @@ class Teacher:
         if self.negative is None:
             raise Refused(f"teacher {self.name} knows no 'no condition', so it cannot be guided: use guidance 1")
         if isinstance(cond, dict) and isinstance(self.negative, dict):
-            return {k: _rows(self.negative[k], v) for k, v in cond.items()}
+            wide = self.negative if self.recording is None else self.recording.layouts.widen(self.negative, cond)
+            if isinstance(wide, dict):
+                return {k: _rows(wide[k], v) for k, v in cond.items()}
         if isinstance(cond, Tensor) and isinstance(self.negative, Tensor):
             return _rows(self.negative, cond)
         raise Refused(f"teacher {self.name}: the condition is of another kind than the recorded one")
+
+    def embed(self, prompts: Sequence[str], negative: str | None = None, width: int | None = None) -> Cond:
+        """The network's conditions for prompts, one row each, as the pipeline itself makes them.
+
+        With ``negative`` those of that negative prompt, which stand beside these prompts in guidance. Rows of texts
+        that differ in length are padded to the longest here, or to ``width`` tokens. Refused where the teacher
+        takes no prompts.
+        """
+        if self.recording is None:
+            raise Refused(f"teacher {self.name} is no pipeline, so it takes no prompts")
+        return embed(self.pipeline, self.recording, prompts, negative, width)
 
 
 def _rows(negative: Tensor, like: Tensor) -> Tensor:
@@ -265,29 +279,22 @@ def described(recording: Recording, contract: Contract | None) -> tuple[Wrapped,
 
 def autoencoder(pipe: Any, recording: Recording) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     """(encode, decode) between data and what the network sees: the identity without an autoencoder."""
-    vae = getattr(pipe, "vae", None)
-    if vae is None:
+    if getattr(pipe, "vae", None) is None and recording.decoder is None:
         return _same, _same
-    scale = float(getattr(vae.config, "scaling_factor", 1.0) or 1.0)
-    shift = float(getattr(vae.config, "shift_factor", 0.0) or 0.0)
-    latent = getattr(vae.config, "latent_channels", None)
-    if latent is not None and latent != recording.shape[0]:
+    codec = recording.codec
+    vae = getattr(pipe, recording.decoder or "vae")
+    if codec is None:
+        reason = next(iter(recording.notes), "its run never reached the autoencoder")
 
         def refuse(x: Tensor) -> Tensor:
-            raise Refused(f"{recording.kind} packs its latents in a way that is not read: {list(recording.shape)}")
+            raise Refused(f"{recording.kind}: {reason}: samples stay latents")
 
         return refuse, refuse
 
-    @torch.no_grad()
     def encode(data: Tensor) -> Tensor:
-        held = vae.encode(data.to(vae.dtype))
-        found = held.latent_dist.mode() if hasattr(held, "latent_dist") else held.latents
-        result: Tensor = (found - shift) * scale
-        return result.to(data.dtype)
+        return through(vae, codec, data)
 
-    @torch.no_grad()
     def decode(latents: Tensor) -> Tensor:
-        result: Tensor = vae.decode(latents.to(vae.dtype) / scale + shift).sample
-        return result.to(latents.dtype)
+        return back(vae, codec, latents)
 
     return encode, decode
