@@ -249,8 +249,9 @@ def _layout(value: Any, rows: int) -> Any:
     if isinstance(value, Tensor):
         if value.ndim == 0 or value.shape[0] != rows:
             return None
-        alike = value.ndim == 1 and value.is_floating_point() and bool((value == value[0]).all())
-        return "repeat" if alike else "tensor"
+        # an embedded guidance scale, positions of tokens: a number or a grid, which no input changes
+        grid = value.ndim == 1 if value.is_floating_point() else value.ndim > 2
+        return "repeat" if grid and bool((value == value[:1]).all()) else "tensor"
     if not isinstance(value, (list, tuple)) or len(value) != rows:
         return None
     if all(isinstance(v, Tensor) for v in value):
