@@ -9,10 +9,43 @@ from typing import Any
 
 import torch
 
-WORDS = (
-    "<pad> <s> </s> <unk> a photo two red boats on quiet lake one dog of the blue cat house in snow blurry ugly , . "
-    "<| im_start |> im_end system user assistant describe image :"
-).split()
+WORDS = [
+    "<pad>",
+    "<s>",
+    "</s>",
+    "<unk>",
+    "a",
+    "photo",
+    "two",
+    "red",
+    "boats",
+    "on",
+    "quiet",
+    "lake",
+    "one",
+    "dog",
+    "of",
+    "the",
+    "blue",
+    "cat",
+    "house",
+    "in",
+    "snow",
+    "blurry",
+    "ugly",
+    ",",
+    ".",
+    "<|",
+    "im_start",
+    "|>",
+    "im_end",
+    "system",
+    "user",
+    "assistant",
+    "describe",
+    "image",
+    ":",
+]
 LENGTH = 8  # tokens of a prompt
 SMALL = {"height": 32, "width": 32}
 CALLS: dict[str, dict[str, Any]] = {
@@ -55,9 +88,7 @@ def _tokenizer(length: int = LENGTH):
     inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
     inner.normalizer = normalizers.Lowercase()
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    inner.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
-    )
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
     made = PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
         model_max_length=length,

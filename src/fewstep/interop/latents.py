@@ -161,9 +161,7 @@ def _fitted(layout: Codec, latents: Tensor, z: Tensor) -> Codec | None:
     if alike:
         scale = scale.mean().expand_as(scale).clone()
     shift = torch.where(shift.abs() < 1e-6 * y.abs().max(), torch.zeros_like(shift), shift)
-    return Codec(
-        layout.shape, scale, shift, layout.patch, layout.patch_first, layout.tokens, layout.frame
-    )
+    return Codec(layout.shape, scale, shift, layout.patch, layout.patch_first, layout.tokens, layout.frame)
 
 
 @torch.no_grad()

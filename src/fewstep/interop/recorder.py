@@ -41,6 +41,11 @@ ROWS = 3  # of the recorded batch: a number that sizes of grids and texts seldom
 STEPS = 3  # the least that tells a straight line from a curve
 PROMPTS = ("a photo", "two red boats on a quiet lake", "one dog")  # of different lengths: masks differ
 NO_PROMPT = " "
+# arguments that belong to one call, not to the pipeline's use: inputs, steps, guidance
+PER_CALL = (
+    "prompt", "negative_prompt", "class_labels", "batch_size", "generator", "latents", "output_type", "return_dict",
+    "num_inference_steps", "timesteps", "sigmas", "guidance_scale", "true_cfg_scale", "image", "mask_image",
+)  # fmt: skip
 BATCH = 32  # prompts that are encoded at once
 
 
@@ -58,6 +63,7 @@ class Recording:
     channels: of the sample; a network with twice as many answers has learned sigmas, which are cut off.
     shape: of one sample. ``labels``: the one condition is a class label.
     call: the arguments of ``pipe(...)``. ``codec``: between latents and what the part ``decoder`` reads.
+    answer: what the network gave in its first call, as it gave it.
     notes: what a user should know about it.
     """
 
@@ -77,13 +83,14 @@ class Recording:
     calls: tuple[Call, ...] = field(repr=False)
     steps: tuple[Step, ...] = field(repr=False)
     layouts: Layouts = field(default_factory=Layouts, repr=False)
-    form: Form = Form()
-    reads: Clock = Clock()
-    mix: Mix = Mix()
+    form: Form = field(default_factory=Form)
+    reads: Clock = field(default_factory=Clock)
+    mix: Mix = field(default_factory=Mix)
     passes: int = 1
     call: dict[str, Any] = field(default_factory=dict, repr=False)
     codec: Codec | None = field(default=None, repr=False)
     decoder: str | None = None
+    answer: Any = field(default=None, repr=False)
     notes: tuple[str, ...] = ()
 
     @property
@@ -104,6 +111,29 @@ class Recording:
             reads=self.reads,
             sign=self.mix.sign,
         )
+
+    def always(self, pipe: Any) -> dict[str, Any]:
+        """Arguments of every call of a student's pipeline: the size of a sample, and guidance that is off.
+
+        An embedded guidance scale is an input of the network, so it stays at the recorded value.
+        """
+        wanted = inspect.signature(type(pipe).__call__).parameters
+        said = {k: v for k, v in self.call.items() if k not in PER_CALL and _plain(v)}
+        if "guidance_scale" in wanted:
+            scale = self.call.get("guidance_scale", _default(wanted, "guidance_scale"))
+            numbers = [v for v in self.layouts.repeated.values() if isinstance(v, Tensor) and v.ndim == 1]
+            embedded = isinstance(scale, (int, float)) and any(abs(float(v[0]) - scale) < CLOSE for v in numbers)
+            if embedded:
+                said["guidance_scale"] = float(scale)
+            elif isinstance(scale, (int, float)):
+                # most pipelines mean "other + g (one - other)"; where g counts from the conditioned answer, 0 is off
+                counts_from_one = self.guidance is not None and abs(self.guidance - scale - 1) < CLOSE * (
+                    1 + abs(scale)
+                )
+                said["guidance_scale"] = 0.0 if counts_from_one else 1.0
+        if "true_cfg_scale" in wanted:
+            said["true_cfg_scale"] = 1.0
+        return said
 
     def conditions_of(self, calls: Sequence[Call], pair: bool) -> list[dict[str, Tensor]]:
         """The conditions in the calls of one step: [conditioned, negative], or the one there is."""
@@ -270,7 +300,9 @@ def _heard(pipe: Any, recording: Recording, call: Mapping[str, Any], both: bool)
     """The conditions in the first calls of a run that is stopped there."""
     pair = recording.guidance is not None
     one_is_enough = recording.passes == 1 or (not both and recording.mix.first)
+    network: Any = recording.network
     with _watched(pipe, stop=(recording.part, 1 if one_is_enough else 2)) as watch:
+        network.forward = lambda *args, **kwargs: recording.answer  # the pair's other call needs no answer of ours
         try:
             with torch.no_grad():
                 pipe(**call)
@@ -278,12 +310,41 @@ def _heard(pipe: Any, recording: Recording, call: Mapping[str, Any], both: bool)
             pass
         except Exception as error:
             raise Refused(f"{recording.kind} could not encode these prompts: {_line(error)}") from None
+        finally:
+            del network.forward
     calls = watch.calls.get(recording.part, [])
     if not calls:
         raise Refused(f"{recording.kind} did not call its network for these prompts")
-    if pair and recording.passes == 2 and len(calls) == 1:
-        calls = [calls[0]]
     return recording.conditions_of(calls, pair)
+
+
+def first_call(pipe: Any, recording: Recording, call: Mapping[str, Any]) -> tuple[Tensor, Cond, bool]:
+    """(sample, condition, whether the scheduler is given the generator) as an unguided run enters the network."""
+    with _watched(pipe, stop=(recording.part, 1)) as watch:
+        try:
+            with torch.no_grad():
+                pipe(**call)
+        except _Enough:
+            pass
+        except Exception as error:
+            raise Refused(f"{recording.kind} could not be run as a student: {_line(error)}") from None
+    seen = watch.calls.get(recording.part, [])
+    if not seen:
+        raise Refused(f"{recording.kind} did not call its network as a student")
+    state = recording.form.take(seen[0].arguments[recording.state])
+    prompts = call.get("prompt")
+    if isinstance(prompts, list) and len(state) != len(prompts):
+        raise Refused(f"{recording.kind} still guides with {call}: its guidance cannot be switched off")
+    named = recording.conditions_of(seen, pair=False)[0]
+    gives = callable(getattr(pipe, "prepare_extra_step_kwargs", None))
+    return cut(state, recording.steps[0].sample), pack(named), gives
+
+
+def _plain(value: Any) -> bool:
+    """Whether an argument can be written down."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return True
+    return isinstance(value, list) and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value)
 
 
 # -- watching ---------------------------------------------------------------------------------------
@@ -296,6 +357,7 @@ class _Enough(Exception):
 @dataclass
 class _Watch:
     calls: dict[str, list[Call]] = field(default_factory=dict)
+    answers: dict[str, Any] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
     decoded: Tensor | None = None
     decoder: str | None = None
@@ -335,6 +397,7 @@ def _watched(pipe: Any, stop: tuple[str, int] | None = None) -> Iterator[_Watch]
             except Refused:
                 pending.pop()
                 return
+            seen.answers.setdefault(name, output)
             seen.calls.setdefault(name, []).append(Call(pending.pop(), answer, len(seen.steps)))
 
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
@@ -468,6 +531,7 @@ def _read(kind: str, pipe: Any, schedule: Schedule, watch: _Watch, call: dict[st
         "mix": mix,
         "codec": codec,
         "decoder": watch.decoder,
+        "answer": watch.answers[part],
         "notes": (*notes, *([note] if note else [])),
     }
     recording = replace(recording, **changes)

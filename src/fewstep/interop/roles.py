@@ -152,7 +152,9 @@ def rest_of(value: Any, state: State, sample: Tensor) -> Tensor:
 # -- time -------------------------------------------------------------------------------------------
 
 
-def find_clock(kind: str, part: str, rounds: Sequence[Sequence[Call]], steps: Sequence[Step], state: State) -> tuple[str, Clock]:
+def find_clock(
+    kind: str, part: str, rounds: Sequence[Sequence[Call]], steps: Sequence[Step], state: State
+) -> tuple[str, Clock]:
     """The argument that follows the scheduler's time T, and how: as ``(sign T + offset) / divisor``."""
     times = [s.clock for s in steps]
     found: dict[str, tuple[float, Clock]] = {}
@@ -237,9 +239,7 @@ def find_layouts(
     for call in pair[1:]:
         whole |= {n: v for n, v in call.arguments.items() if n in kinds and n not in whole and isinstance(v, Tensor)}
     masks = {n: v.dtype for n, v in whole.items() if _is_mask(n, v, whole)}
-    groups = [
-        (n, *[o for o, v in whole.items() if v.ndim > 2 and v.shape[1] == whole[n].shape[1]]) for n in masks
-    ]
+    groups = [(n, *[o for o, v in whole.items() if v.ndim > 2 and v.shape[1] == whole[n].shape[1]]) for n in masks]
     groups += [(n,) for n, k in kinds.items() if k == "ragged"]
     return Layouts(kinds, repeated, tuple(groups), masks), fixed
 
@@ -302,8 +302,10 @@ def find_mix(kind: str, part: str, calls: Sequence[Call], step: Step, state: Sta
     size = max(1.0, float(mixed.abs().max()))
     if len(answers) == 1:
         for sign in (1.0, -1.0):
-            if (sign * answers[0] - mixed).abs().max() <= EXACT * size or _half(calls) and (
-                (sign * answers[0] - mixed).abs().max() <= 1e-2 * size
+            if (
+                (sign * answers[0] - mixed).abs().max() <= EXACT * size
+                or _half(calls)
+                and ((sign * answers[0] - mixed).abs().max() <= 1e-2 * size)
             ):
                 return Mix(sign)
         raise Refused(f"{kind} changes its network's answer before its scheduler sees it; that is not read")
@@ -344,18 +346,18 @@ def _shares(one: Tensor, other: Tensor, mixed: Tensor) -> tuple[float, float, fl
 
 def _rescaled(kind: str, one: Tensor, other: Tensor, mixed: Tensor) -> tuple[float, float]:
     """Shares of a mix that is held to one answer's length along the last dimension, token by token."""
-    for held, index in ((one, 0), (other, 1)):
+    for held in (one, other):
         lengths = held.norm(dim=-1)
         if (mixed.norm(dim=-1) - lengths).abs().max() > CLOSE * float(lengths.max()):
             continue
         table = torch.stack([one, other], -1).flatten(0, -3)  # [tokens, channels, 2]
         found = torch.linalg.lstsq(table, mixed.flatten(0, -2)[..., None]).solution[..., 0]
-        ratio = (found[:, index] / found.sum(1)).median()
+        ratio = (found[:, 0] / found.sum(1)).median()
         shares = (float(ratio), 1 - float(ratio))
         guess = shares[0] * one + shares[1] * other
         guess = guess * (lengths / guess.norm(dim=-1))[..., None]
         if (guess - mixed).abs().max() <= CLOSE * max(1.0, float(mixed.abs().max())):
-            return shares if index == 0 else shares
+            return shares
     raise Refused(f"{kind} mixes its guidance pair in a way that is not linear")
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path as File
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..cond import Cond
@@ -210,22 +211,45 @@ def load_pipeline(folder: File, call: Mapping[str, Any] | None = None) -> tuple[
     if not (isinstance(wanted, type) and issubclass(wanted, DiffusionPipeline)):
         raise Refused(f"{folder}: {kind!r} is no pipeline of diffusers {diffusers.__version__}")
     loaded: dict[str, Any] = {}
-    for name, (library, one) in parts.items():
-        if library != "diffusers" or one is None:
-            continue
-        found = getattr(diffusers, one, None)
-        if found is None:
-            raise Refused(f"{folder}: part {name!r} is a {one}, which diffusers {diffusers.__version__} does not have")
-        if isinstance(found, type) and issubclass(found, ModelMixin):
-            loaded[name] = _load_part(found, folder / name)
-    try:
-        stock: Any = wanted
-        pipe = stock.from_pretrained(str(folder), local_files_only=True, use_safetensors=True, **loaded)
-    except Exception as error:  # whatever a strange folder provokes
-        raise Refused(f"{folder} does not load as {kind}: {_line(error)}") from None
+    with _quiet():
+        for name, (library, one) in parts.items():
+            if library != "diffusers" or one is None:
+                continue
+            found = getattr(diffusers, one, None)
+            if found is None:
+                version = diffusers.__version__
+                raise Refused(f"{folder}: part {name!r} is a {one}, which diffusers {version} does not have")
+            if isinstance(found, type) and issubclass(found, ModelMixin):
+                loaded[name] = _load_part(found, folder / name)
+        try:
+            stock: Any = wanted
+            pipe = stock.from_pretrained(str(folder), local_files_only=True, use_safetensors=True, **loaded)
+        except Exception as error:  # whatever a strange folder provokes
+            raise Refused(f"{folder} does not load as {kind}: {_line(error)}") from None
     pipe.set_progress_bar_config(disable=True)
     recording = record(pipe, call)
     return pipe, recording, recording.part
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars of other libraries while a folder is read."""
+    from diffusers.utils import logging as diffusers_logging
+
+    tools = [diffusers_logging]
+    if importlib.util.find_spec("transformers") is not None:
+        from transformers.utils import logging as transformers_logging
+
+        tools.append(transformers_logging)
+    were = [tool.is_progress_bar_enabled() if hasattr(tool, "is_progress_bar_enabled") else True for tool in tools]
+    for tool in tools:
+        tool.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for tool, was in zip(tools, were, strict=True):
+            if was:
+                tool.enable_progress_bar()
 
 
 def _load_part(kind: Any, folder: File) -> nn.Module:

@@ -14,6 +14,7 @@ from ..student import Student
 from ..tasks import task_named
 from ..tasks.base import Task
 from ..tasks.encoded import Encoded
+from ..tasks.prompts import Prompts
 from ..train.build import method_class, method_options, straightened
 from ..train.recipe import Recipe, load_recipe
 from ..train.trainer import Watch
@@ -45,6 +46,8 @@ def prepare(recipe: Recipe, run: File, device: str, watch: Watch, resume: bool =
             if side[0] in (1, 3):
                 options.setdefault("channels", side[0])
     task = task_named(recipe.task.name, options)
+    if isinstance(task, Prompts):
+        task = _asked(task, teacher, recipe, watch)
     raw: Denoiser | None = None
     if section is not None and section.source == "law":
         if task.law is None:
@@ -69,6 +72,34 @@ def prepare(recipe: Recipe, run: File, device: str, watch: Watch, resume: bool =
     return Setting(task, teacher, denoiser, raw, task.shape)
 
 
+def _asked(task: Prompts, teacher: Any, recipe: Recipe, watch: Watch) -> Prompts:
+    """Prompts with the teacher's conditions; Refused where the teacher takes none, or a method needs data."""
+    if teacher is None or teacher.recording is None:
+        raise Refused("prompts need a teacher that is a pipeline with a text encoder: name its folder")
+    watch.start("prompts", len(task.prompts))
+    task = task.asked(teacher.embed, teacher.shape, teacher.decode)
+    watch.finish("prompts")
+    for index in range(len(recipe.stages) + 1):
+        part = recipe.stage(index)
+        cls = method_class(part.method.name)
+        options = method_options(part.method, part, task)
+        if cls.reads_data(options):
+            raise Refused(
+                f"method {part.method.name!r} learns from data under these options, and prompts are none: "
+                "take dmd2 without gan or regression, or give --data"
+            )
+        guides = getattr(options, "guidance", recipe.teacher.guidance if recipe.teacher else 1.0)
+        if teacher.guidance is not None and guides == 1 and teacher.guidance != 1:
+            where = "method.options.guidance" if cls.guides else "teacher.guidance"
+            watch.say(
+                f"{teacher.kind} guides by {teacher.guidance:.3g} when it is used, this recipe does not: "
+                f"{where}={teacher.guidance:.3g} would"
+            )
+    for note in teacher.recording.notes:
+        watch.say(note)
+    return task
+
+
 def _teacher(source: str, recipe: Recipe, run: File, device: str, watch: Watch, resume: bool) -> Any:
     from ..interop import load_teacher
 
@@ -84,7 +115,8 @@ def _teacher(source: str, recipe: Recipe, run: File, device: str, watch: Watch, 
             train(nested, place, resume=resume and place.exists(), device=device, watch=watch)
         return load_teacher(place / "teacher")
     folder = File(source)
-    return load_teacher(folder / "teacher" if (folder / "teacher" / "fewstep.json").is_file() else source)
+    inside = folder / "teacher" if (folder / "teacher" / "fewstep.json").is_file() else source
+    return load_teacher(inside, call=recipe.teacher.call if recipe.teacher is not None else None)
 
 
 def _picture_side(teacher: Any) -> tuple[int, int]:

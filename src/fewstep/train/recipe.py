@@ -35,6 +35,9 @@ class TeacherSection(Part):
         description="a packaged name, a diffusers folder, 'law' for a task's exact law, or a student folder"
     )
     guidance: float = Field(1.0, ge=0, description="guidance baked into pairs and trajectories")
+    call: dict[str, Any] = Field(
+        default_factory=dict, description="arguments of a pipeline: height, width, num_frames, negative_prompt, ..."
+    )
 
 
 class StudentSection(Part):
