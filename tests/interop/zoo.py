@@ -9,48 +9,17 @@ from typing import Any
 
 import torch
 
-WORDS = [
-    "<pad>",
-    "<s>",
-    "</s>",
-    "<unk>",
-    "a",
-    "photo",
-    "two",
-    "red",
-    "boats",
-    "on",
-    "quiet",
-    "lake",
-    "one",
-    "dog",
-    "of",
-    "the",
-    "blue",
-    "cat",
-    "house",
-    "in",
-    "snow",
-    "blurry",
-    "ugly",
-    ",",
-    ".",
-    "<|",
-    "im_start",
-    "|>",
-    "im_end",
-    "system",
-    "user",
-    "assistant",
-    "describe",
-    "image",
-    ":",
-]
-LENGTH = 8  # tokens of a prompt
+TEXT = (
+    "<pad> <s> </s> <unk> a photo two red boats boat on quiet lake one dog dogs of the blue cat house in snow blurry "
+    "ugly , . <| im_start |> im_end system user assistant describe image :"
+)
+WORDS = TEXT.split()
+LENGTH = 10  # tokens of a prompt
 SMALL = {"height": 32, "width": 32}
 CALLS: dict[str, dict[str, Any]] = {
     "sd15": {},
     "sd_inpaint": {},
+    "sd_img2img": {},
     "sdxl": {},
     "sd3": {**SMALL, "max_sequence_length": LENGTH},
     "flux": {**SMALL, "max_sequence_length": LENGTH},
@@ -176,6 +145,14 @@ def _sd_inpaint():
     scheduler = EulerDiscreteScheduler.from_config(_ddim().config)
     return StableDiffusionInpaintPipeline(
         _vae(), _clip(), _tokenizer(), _unet(in_channels=9), scheduler, None, None, requires_safety_checker=False
+    )
+
+
+def _sd_img2img():
+    from diffusers import StableDiffusionImg2ImgPipeline
+
+    return StableDiffusionImg2ImgPipeline(
+        _vae(), _clip(), _tokenizer(), _unet(), _ddim(), None, None, requires_safety_checker=False
     )
 
 
