@@ -4,6 +4,7 @@ This file is a script for a fresh process: it reads folders and must never impor
 It prints one line of JSON a folder: the largest error of every step count.
 """
 
+import functools
 import json
 import os
 import sys
@@ -52,6 +53,7 @@ def run_pipeline(pipe: Any, facts: dict[str, Any], tensors: dict[str, Any], coun
     seen: list[Any] = []
     plain = pipe.scheduler.step
 
+    @functools.wraps(plain)  # pipelines look at its arguments before they pass a generator
     def step(*args: Any, **kwargs: Any) -> Any:
         answer = plain(*args, **kwargs)
         seen.append(answer[0] if isinstance(answer, tuple) else answer.prev_sample)

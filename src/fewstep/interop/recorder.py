@@ -8,6 +8,7 @@ call with our signature; ``embed`` runs the pipeline's own encoders for other pr
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -428,6 +429,7 @@ def _watched(pipe: Any, stop: tuple[str, int] | None = None) -> Iterator[_Watch]
     plain = scheduler.step
     signature = inspect.signature(plain)
 
+    @functools.wraps(plain)  # pipelines look at its arguments before they pass a generator
     def step(*args: Any, **kwargs: Any) -> Any:
         given = list(signature.bind(*args, **kwargs).arguments.values())
         before = [_kept(value) for value in given[:3]]
