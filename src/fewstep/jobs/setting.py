@@ -88,7 +88,7 @@ def _asked(task: Prompts, teacher: Any, recipe: Recipe, watch: Watch) -> Prompts
                 f"method {part.method.name!r} learns from data under these options, and prompts are none: "
                 "take dmd2 without gan or regression, or give --data"
             )
-        guides = getattr(options, "guidance", recipe.teacher.guidance if recipe.teacher else 1.0)
+        guides = options.guidance if cls.guides else recipe.teacher.guidance if recipe.teacher else 1.0
         if teacher.guidance is not None and guides == 1 and teacher.guidance != 1:
             where = "method.options.guidance" if cls.guides else "teacher.guidance"
             watch.say(

@@ -235,10 +235,13 @@ def _save(
         )  # fmt: skip
         return folder
     folder = run / "student"
+    baked = recipe.teacher.guidance if recipe.teacher else 1.0
+    if method_class(recipe.method.name).guides:
+        baked = float(recipe.method.options.get("guidance", 1.0))
     check = save_student(
         student, folder, method=recipe.method.name, teacher=setting.teacher, name=name, task=recipe.task.name,
         classes=task.classes, value_range=task.value_range, training=training, table=rows, pictures=pictures,
-        guidance=recipe.teacher.guidance if recipe.teacher else 1.0, licence=recipe.licence or None,
+        guidance=baked, licence=recipe.licence or None,
         recipe_sha256=recipe.sha256, seed=recipe.seed, overwrite=True,
     )  # fmt: skip
     for line in check.messages:
