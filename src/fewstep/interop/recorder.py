@@ -277,6 +277,8 @@ def embed(
         raise Refused(
             f"{recording.kind} was recorded without guidance, so a negative prompt does not reach its network"
         )
+    if negative is not None and "negative_prompt" not in inspect.signature(type(pipe).__call__).parameters:
+        raise Refused(f"{recording.kind} takes no negative prompt: its own is the recorded one")
     call = recording.call if negative is None else {**recording.call, "negative_prompt": negative}
     parts = []
     for begin in range(0, len(prompts), BATCH):
