@@ -434,10 +434,10 @@ def _watched(pipe: Any, stop: tuple[str, int] | None = None) -> Iterator[_Watch]
     @functools.wraps(plain)  # pipelines look at its arguments before they pass a generator
     def step(*args: Any, **kwargs: Any) -> Any:
         given = list(signature.bind(*args, **kwargs).arguments.values())
-        before = [_kept(value) for value in given[:3]]
+        output, time, sample = (_kept(value) for value in given[:3])
         answer = plain(*args, **kwargs)
         result = answer[0] if isinstance(answer, tuple) else getattr(answer, "prev_sample", None)
-        seen.steps.append(Step(*before, _kept(result)))
+        seen.steps.append(Step(output, time, sample, _kept(result)))
         return answer
 
     scheduler.step = step
@@ -480,8 +480,10 @@ def _read(kind: str, pipe: Any, schedule: Schedule, watch: _Watch, call: dict[st
     rounds = grouped[part]
     sample = steps[0].sample
     for before, after in zip(steps[:-1], steps[1:], strict=True):
-        moved = before.result is not None and before.result.shape == after.sample.shape
-        if moved and (before.result - after.sample).abs().max() > CLOSE * max(1.0, float(after.sample.abs().max())):
+        result, size = before.result, max(1.0, float(after.sample.abs().max()))
+        if result is None or result.shape != after.sample.shape:
+            continue
+        if (result - after.sample).abs().max() > CLOSE * size:
             raise Refused(
                 f"{kind} changes the sample between steps, so its steps are not its network's alone; "
                 "for inpainting take a network that reads the mask"
