@@ -149,12 +149,9 @@ def test_a_safety_checker_stays_and_a_served_kind_gets_its_block_without_a_warni
     assert index["safety_checker"] == ["stable_diffusion", "StableDiffusionSafetyChecker"]
     assert "dmd2_config" not in index
     folder = shipped("wan")[0]
-    assert json.loads((folder / "model_index.json").read_text())["dmd2_config"] == {
-        "num_inference_steps": 4,
-        "denoising_timesteps": [1000, 938, 833, 625],
-        "solver": "ode",
-        "guidance_scale": 1.0,
-    }
+    block = json.loads((folder / "model_index.json").read_text())["dmd2_config"]
+    assert (block["num_inference_steps"], block["solver"], block["guidance_scale"]) == (4, "ode", 1.0)
+    assert block["denoising_timesteps"] == pytest.approx([1000, 937.5, 833.3, 625], abs=0.6)
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging
 
@@ -217,8 +214,7 @@ def flat(arguments, prefix=""):
 
 def alike(one, other):
     if torch.is_tensor(one) and torch.is_tensor(other):
-        one, other = one.double(), other.double()
-        return one.shape == other.expand_as(one).shape if other.ndim == 0 else torch.equal(one, other.expand_as(one))
+        return torch.equal(one.double(), other.double())
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
         return len(one) == len(other) and all(alike(a, b) for a, b in zip(one, other, strict=True))
     return one == other
@@ -406,7 +402,7 @@ def test_prompts_alone_distil_a_folder_from_the_command_line(folders, tmp_path, 
     assert contract.step(1).call["guidance_scale"] == 3.5  # an input of the network: it stays
     assert 'pipe(prompt="a photo"' in (tmp_path / "run" / "student" / "README.md").read_text()
     capsys.readouterr()
-    assert main([*given[:-1], str(tmp_path / "other"), *small, *short, "--method", "consistency"]) == 2
+    assert main([*given[:-1], str(tmp_path / "other"), *small, "--method", "consistency"]) == 2
     assert "learns from data" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
     assert main([*given[:-1], str(tmp_path / "other"), "--data", str(tmp_path)]) == 2
