@@ -8,10 +8,8 @@ call with our signature; ``embed`` runs the pipeline's own encoders for other pr
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +19,7 @@ from torch import Tensor, nn
 from ..cond import Cond, join
 from ..errors import Refused
 from .latents import Codec, find_codec
-from .recorded import REST, Clock, Form, Layouts, Recorded, first_value, flat, map_cond, pack
+from .recorded import REST, Clock, Form, Layouts, Recorded, map_cond, pack
 from .roles import (
     CLOSE,
     Call,
@@ -37,6 +35,7 @@ from .roles import (
     rounds_of,
 )
 from .schedules import Schedule, read_schedule
+from .watching import Enough, Watch, line_of, watched
 
 ROWS = 3  # of the recorded batch: a number that sizes of grids and texts seldom are
 STEPS = 3  # the least that tells a straight line from a curve
@@ -166,11 +165,11 @@ def record(pipe: Any, call: Mapping[str, Any] | None = None) -> Recording:
     schedule = read_schedule(scheduler)
     failed: Exception | None = None
     for attempt in default_calls(pipe, call or {}):
-        with _watched(pipe) as watch:
+        with watched(pipe) as watch:
             try:
                 with torch.no_grad():
                     pipe(**attempt)
-            except _Enough:
+            except Enough:
                 pass
             except Exception as error:  # whatever a stranger's pipeline raises
                 failed = failed or error
@@ -181,7 +180,7 @@ def record(pipe: Any, call: Mapping[str, Any] | None = None) -> Recording:
             )
         return _read(kind, pipe, schedule, watch, attempt)
     assert failed is not None
-    raise Refused(f"{kind} could not be run for a recording: {_line(failed)}")
+    raise Refused(f"{kind} could not be run for a recording: {line_of(failed)}")
 
 
 def default_calls(pipe: Any, given: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -304,15 +303,15 @@ def _heard(pipe: Any, recording: Recording, call: Mapping[str, Any], both: bool)
     pair = recording.guidance is not None
     one_is_enough = recording.passes == 1 or (not both and recording.mix.first)
     network: Any = recording.network
-    with _watched(pipe, stop=(recording.part, 1 if one_is_enough else 2)) as watch:
+    with watched(pipe, stop=(recording.part, 1 if one_is_enough else 2)) as watch:
         network.forward = lambda *args, **kwargs: recording.answer  # the pair's other call needs no answer of ours
         try:
             with torch.no_grad():
                 pipe(**call)
-        except _Enough:
+        except Enough:
             pass
         except Exception as error:
-            raise Refused(f"{recording.kind} could not encode these prompts: {_line(error)}") from None
+            raise Refused(f"{recording.kind} could not encode these prompts: {line_of(error)}") from None
         finally:
             del network.forward
     calls = watch.calls.get(recording.part, [])
@@ -323,14 +322,14 @@ def _heard(pipe: Any, recording: Recording, call: Mapping[str, Any], both: bool)
 
 def first_call(pipe: Any, recording: Recording, call: Mapping[str, Any]) -> tuple[Tensor, Cond, bool]:
     """(sample, condition, whether the scheduler is given the generator) as an unguided run enters the network."""
-    with _watched(pipe, stop=(recording.part, 1)) as watch:
+    with watched(pipe, stop=(recording.part, 1)) as watch:
         try:
             with torch.no_grad():
                 pipe(**call)
-        except _Enough:
+        except Enough:
             pass
         except Exception as error:
-            raise Refused(f"{recording.kind} could not be run as a student: {_line(error)}") from None
+            raise Refused(f"{recording.kind} could not be run as a student: {line_of(error)}") from None
     seen = watch.calls.get(recording.part, [])
     if not seen:
         raise Refused(f"{recording.kind} did not call its network as a student")
@@ -350,118 +349,10 @@ def _plain(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value)
 
 
-# -- watching ---------------------------------------------------------------------------------------
-
-
-class _Enough(Exception):
-    """Raised inside a pipeline once everything was seen."""
-
-
-@dataclass
-class _Watch:
-    calls: dict[str, list[Call]] = field(default_factory=dict)
-    answers: dict[str, Any] = field(default_factory=dict)
-    steps: list[Step] = field(default_factory=list)
-    decoded: Tensor | None = None
-    decoder: str | None = None
-
-
-@contextmanager
-def _watched(pipe: Any, stop: tuple[str, int] | None = None) -> Iterator[_Watch]:
-    """Hook a pipeline's parts and its scheduler; ``stop`` ends the run as a part is entered for the n-th time.
-
-    Without it the run ends where the autoencoder would decode.
-    """
-    seen = _Watch()
-    handles = []
-    undo: list[Any] = []
-
-    def watch(name: str, module: nn.Module) -> None:
-        signature = inspect.signature(type(module).forward)
-        pending: list[dict[str, Any]] = []
-
-        def before(_: nn.Module, args: Any, kwargs: Any) -> None:
-            bound = signature.bind(module, *args, **kwargs).arguments
-            named: dict[str, Any] = {}
-            for key, value in list(bound.items())[1:]:
-                if signature.parameters[key].kind is inspect.Parameter.VAR_KEYWORD:
-                    named.update(flat(value))
-                else:
-                    named.update(flat({key: value}))
-            kept = {k: _kept(v) for k, v in named.items()}
-            if stop is not None and stop[0] == name and len(seen.calls.get(name, [])) + 1 == stop[1]:
-                seen.calls.setdefault(name, []).append(Call(kept, None, 0))
-                raise _Enough
-            pending.append(kept)
-
-        def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            try:
-                answer = _kept(first_value(output))
-            except Refused:
-                pending.pop()
-                return
-            seen.answers.setdefault(name, output)
-            seen.calls.setdefault(name, []).append(Call(pending.pop(), answer, len(seen.steps)))
-
-        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(module.register_forward_hook(after, with_kwargs=True))
-
-    def until(name: str, part: Any) -> None:
-        plain = part.decode
-
-        def decode(z: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if seen.steps and stop is None:
-                seen.decoded, seen.decoder = _kept(z), name
-                raise _Enough
-            return plain(z, *args, **kwargs)
-
-        part.decode = decode
-        undo.append(part)
-
-    learning, types = [], []
-    for name, part in pipe.components.items():
-        if isinstance(part, nn.Module):
-            watch(name, part)
-            learning += [module for module in part.modules() if module.training]
-            types.append((part, next((p.dtype for p in part.parameters()), None)))
-            part.eval()
-            if callable(getattr(part, "decode", None)):
-                until(name, part)
-    scheduler = pipe.scheduler
-    plain = scheduler.step
-    signature = inspect.signature(plain)
-
-    @functools.wraps(plain)  # pipelines look at its arguments before they pass a generator
-    def step(*args: Any, **kwargs: Any) -> Any:
-        given = list(signature.bind(*args, **kwargs).arguments.values())
-        output, time, sample = (_kept(value) for value in given[:3])
-        answer = plain(*args, **kwargs)
-        result = answer[0] if isinstance(answer, tuple) else getattr(answer, "prev_sample", None)
-        seen.steps.append(Step(output, time, sample, _kept(result)))
-        return answer
-
-    scheduler.step = step
-    try:
-        yield seen
-    finally:
-        for module in learning:
-            module.training = True
-        del scheduler.step
-        for part in undo:
-            del part.decode
-        for handle in handles:
-            handle.remove()
-        for part, dtype in types:  # a run that was stopped half-way may have left an autoencoder in another type
-            if dtype is not None and next(part.parameters()).dtype is not dtype:
-                part.to(dtype)
-        if callable(free := getattr(pipe, "maybe_free_model_hooks", None)):
-            free()
-
-
 # -- reading ----------------------------------------------------------------------------------------
 
 
-def _read(kind: str, pipe: Any, schedule: Schedule, watch: _Watch, call: dict[str, Any]) -> Recording:
+def _read(kind: str, pipe: Any, schedule: Schedule, watch: Watch, call: dict[str, Any]) -> Recording:
     calls, steps = watch.calls, _single(watch.steps)
     grouped = {name: rounds for name, seen in calls.items() if (rounds := rounds_of(seen, len(steps))) is not None}
     if not grouped:
@@ -615,23 +506,10 @@ def _prove(recording: Recording, calls: Sequence[Call]) -> None:
     except Refused:
         raise
     except Exception as error:
-        raise Refused(f"{recording.kind}: a replayed call failed: {_line(error)}") from None
+        raise Refused(f"{recording.kind}: a replayed call failed: {line_of(error)}") from None
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def _kept(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, (list, tuple)):
-        kept = [_kept(v) for v in value]
-        return kept if isinstance(value, list) else tuple(kept)
-    return value
-
-
-def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
 
 
 __all__ = ["Call", "Recorded", "Recording", "Step", "embed", "record"]
