@@ -61,6 +61,7 @@ def _recipe(
     data: Path | None = None,
     method: str | None = None,
     lora: int | None = None,
+    prompts: Path | None = None,
 ) -> Recipe:
     """A recipe by name, from a file or from a run; or made for a diffusers folder."""
     from .template import recipe_for_folder
@@ -71,17 +72,25 @@ def _recipe(
         changes.append(f"student.lora.rank={lora}")
     folder = Path(what) if what not in shipped() and Path(what).is_dir() else None
     if folder and (folder / "model_index.json").exists():
+        if prompts is not None:
+            if data is not None:
+                raise Refused("--data and --prompts are two sources: captions of images belong beside them, in --data")
+            return recipe_from(recipe_for_folder(folder, None, method or "dmd2", prompts), changes, where=what)
         if data is None or method is None:
-            raise Refused(f"{what} is a teacher: say on which images and how, --data ./images --method dmd2")
+            raise Refused(
+                f"{what} is a teacher: say on what and how, --data ./images --method dmd2, or --prompts prompts.txt"
+            )
         return recipe_from(recipe_for_folder(folder, data, method), changes, where=what)
     if folder and not (folder / "recipe.toml").exists():
         raise Refused(f"{what} is neither a teacher (it has no model_index.json) nor a run (no recipe.toml)")
     source = folder / "recipe.toml" if folder else what
-    if data is None and method is None:
+    if data is None and method is None and prompts is None:
         return load_recipe(source, changes)
     plain = load_recipe(source).model_dump(mode="json", exclude_none=True)
     if data is not None:
         plain["task"] = {"name": "images", "options": {"path": str(data)}}
+    if prompts is not None:
+        plain["task"] = {"name": "prompts", "options": {"path": str(prompts)}}
     if method is not None and method != plain["method"]["name"]:
         plain.update(method={"name": method}, stages=[])  # options and later stages belong to the other method
     return recipe_from({**plain, "expect": {}}, changes, where=str(source))
@@ -387,6 +396,9 @@ Data = Annotated[
 Lora = Annotated[
     int | None, typer.Option(min=1, metavar="RANK", help="Train adapters of this rank on the teacher's own weights.")
 ]
+PromptFile = Annotated[
+    Path | None, typer.Option("--prompts", help="Prompts of a text pipeline, one a line: no images are needed.")
+]
 MethodName = Annotated[str | None, typer.Option("--method", help="A method's name, or ./mine.py:MyMethod.")]
 
 
@@ -395,6 +407,7 @@ def plan(
     what: Teacher,
     overrides: Overrides = None,
     data: Data = None,
+    prompts: PromptFile = None,
     method: MethodName = None,
     memory: Annotated[
         float | None,
@@ -419,7 +432,7 @@ def plan(
       fewstep plan mine.toml --memory 24
     """
     screen, place = Screen(quiet, verbose, json), pick_device(device)
-    recipe = _recipe(what, overrides, seed, data, method, lora)
+    recipe = _recipe(what, overrides, seed, data, method, lora, prompts)
     from . import jobs
 
     set_threads(threads)
@@ -466,6 +479,7 @@ def distill(
     what: Teacher,
     overrides: Overrides = None,
     data: Data = None,
+    prompts: PromptFile = None,
     method: MethodName = None,
     lora: Lora = None,
     out: Out = None,
@@ -487,13 +501,14 @@ def distill(
       fewstep distill digits
       fewstep distill ./my-pipeline --data ./images --method dmd2
       fewstep distill ./my-pipeline --data ./images --method dmd2 --lora 32
+      fewstep distill ./my-pipeline --prompts prompts.txt
       fewstep distill mine.toml optim.lr=1e-3 --out runs/faster
       fewstep distill runs/faster --resume
       fewstep distill digits --method ./mine.py:MyMethod
     """
     screen, place = Screen(quiet, verbose, json), pick_device(device)
     run = _decided(lambda: _run_folder(what, out, resume))
-    recipe = _recipe(what, overrides, seed, data, method, lora)
+    recipe = _recipe(what, overrides, seed, data, method, lora, prompts)
     from . import jobs
 
     set_threads(threads)

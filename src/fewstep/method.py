@@ -125,6 +125,11 @@ class Method(nn.Module, ABC):
         return None
 
     @classmethod
+    def reads_data(cls, options: Any) -> bool:
+        """Whether a batch's data reaches a loss under these options; prompts alone do without."""
+        return cls.needs_data
+
+    @classmethod
     def student_options(cls, options: Any, path: Any) -> dict[str, Any]:
         """Where this method's student starts and which step counts it serves: arguments of Student."""
         return {}

@@ -99,17 +99,20 @@ def _stages(stages: Any) -> list[str]:
     return lines
 
 
-def recipe_for_folder(folder: Path, data: Path, method: str) -> dict[str, Any]:
-    """The recipe, as plain data, that distils a diffusers folder on a folder of images.
+def recipe_for_folder(folder: Path, data: Path | None, method: str, prompts: Path | None = None) -> dict[str, Any]:
+    """The recipe, as plain data, that distils a diffusers folder on a folder of images, or on prompts alone.
 
     The student is a copy of the teacher, so it learns slowly: a tenth of the rate of a new network.
     """
+    task = {"name": "images", "options": {"path": str(data)}}
+    if prompts is not None:
+        task = {"name": "prompts", "options": {"path": str(prompts)}}
     return {
         "name": folder.resolve().name,
         "steps": 4000,
-        "batch": 64,
-        "task": {"name": "images", "options": {"path": str(data)}},
+        "batch": 64 if prompts is None else 8,
+        "task": task,
         "teacher": {"source": str(folder)},
         "method": {"name": method},
-        "optim": {"lr": 1e-4},
+        "optim": {"lr": 1e-4 if prompts is None else 1e-5},
     }

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parent))  # so that tests find zoo.py
 
 
 class Pipes:
@@ -103,9 +105,9 @@ def teachers(pipes, tmp_path_factory):
 @pytest.fixture
 def here(monkeypatch):
     """Run the golden script's comparison in this process: the same stock pipelines without the start-up time."""
-    from fewstep.interop import student
+    from fewstep.interop import checking
 
-    spec = importlib.util.spec_from_file_location("golden_script", student.SCRIPT)
+    spec = importlib.util.spec_from_file_location("golden_script", checking.SCRIPT)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
 
@@ -115,4 +117,4 @@ def here(monkeypatch):
         except SystemExit as error:
             return {}, str(error)
 
-    monkeypatch.setattr(student, "_fresh_process", compare)
+    monkeypatch.setattr(checking, "_fresh_process", compare)

@@ -6,7 +6,7 @@ from torch import nn
 
 from fewstep.errors import Refused
 from fewstep.interop import read_schedule, record
-from fewstep.interop.recorder import Recorded
+from fewstep.interop.recorded import Layouts, Recorded
 from fewstep.path import Tabulated
 
 KINDS = ("ddpm", "ddim", "dit", "cm")
@@ -211,7 +211,7 @@ def test_several_conditions_are_a_dictionary_by_argument_name():
         def forward(self, x, t, text, added):
             return (x + text[:, :1, None, None] + added["size"][:, None, None, None],)
 
-    net = Recorded(Net(), "x", "t", ("text", "added.size"), {}, 1)
+    net = Recorded(Net(), "x", "t", Layouts({"text": "tensor", "added.size": "tensor"}), {})
     x, cond = torch.zeros(2, 1, 4, 4), {"text": torch.ones(2, 3), "added.size": torch.tensor([1.0, 2.0])}
     assert net(x, torch.zeros(2), cond).flatten(1).mean(1).tolist() == [2.0, 3.0]
     with pytest.raises(Refused, match=r"has conditions text, added\.size"):

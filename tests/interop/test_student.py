@@ -263,7 +263,7 @@ def saved(tmp_path_factory):
 
 
 def test_nothing_is_written_when_the_check_fails(tmp_path, monkeypatch):
-    from fewstep.interop import student as module
+    from fewstep.interop import checking as module
 
     monkeypatch.setattr(module, "_fresh_process", lambda folder, timeout: ({1: 0.5}, ""))
     with pytest.raises(Failed, match=r"1 step\(s\) differ from the golden sample by 5\.00e-01"):
@@ -272,7 +272,7 @@ def test_nothing_is_written_when_the_check_fails(tmp_path, monkeypatch):
 
 
 def test_nothing_is_written_when_the_fresh_process_dies(tmp_path, monkeypatch):
-    from fewstep.interop import student as module
+    from fewstep.interop import checking as module
 
     script = tmp_path / "dies.py"
     script.write_text("raise SystemExit('no luck today')")

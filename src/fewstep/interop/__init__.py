@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from .contract import CONTRACT, Contract, Steps
 from .image import write_image
-from .recorder import Recorded, Recording, record
+from .recorded import Recorded
+from .recorder import Recording, record
 from .schedules import Schedule, read_schedule
 from .student import Check, LoadedStudent, check_student, load_student, save_student, save_teacher, weights_sha256
 from .teacher import Teacher, load_teacher, packaged

@@ -93,17 +93,19 @@ def _use(contract: Contract) -> list[str]:
         return ["```", "fewstep sample . --steps 8", "```"]
     calls = [s.call for s in contract.steps if s.call is not None]
     call = dict(calls[0]) if calls else {"num_inference_steps": 50 if contract.role == "teacher" else 1}
-    if contract.pipeline != "DiTPipeline":
+    if contract.pipeline != "DiTPipeline" and not contract.prompts:
         call = {"batch_size": 4, **call}
     if contract.classes is not None:
         call["class_labels"] = [i % contract.classes for i in range(4)]  # type: ignore[assignment]
-    arguments = ", ".join(f"{key}={value}" for key, value in call.items())
+    arguments = ", ".join(f"{key}={value!r}" for key, value in call.items())
+    if contract.prompts:
+        arguments = f'prompt="a photo", {arguments}'
     return [
         "```python",
         f"import torch\nfrom diffusers import {contract.pipeline}",
         "",
         f'pipe = {contract.pipeline}.from_pretrained(".")',
-        f"images = pipe({arguments}, generator=torch.manual_seed(0)).images",
+        f"images = pipe({arguments}, generator=torch.manual_seed(0)){'[0]' if contract.prompts else '.images'}",
         "```",
     ]
 

@@ -58,7 +58,7 @@ class Steps(Part):
     times: tuple[float, ...]
     sigmas: tuple[float, ...]
     policy: Literal["ode", "renoise"] = "ode"
-    call: dict[str, Number | list[int]] | None = None
+    call: dict[str, Number | list[int] | list[float]] | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> Steps:
@@ -102,6 +102,7 @@ class Contract(Part):
     classes: int | None = Field(None, ge=1, le=10**7)
     null_label: int | None = Field(None, ge=0, le=10**7, description="the label that stands for no condition")
     pipeline: Line | None = Field(None, description="the stock diffusers class that runs it; None: no diffusers model")
+    prompts: bool = Field(False, description="the condition comes from prompts, through the pipeline's own encoders")
     network: dict[str, Any] | None = Field(None, description="the network, where fewstep.nets can build it")
     program: Line | None = Field(None, description="the exported one-step program, or why there is none")
     licence: Line = "unknown"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
@@ -48,7 +49,7 @@ def components(folder: File) -> tuple[str, dict[str, tuple[str | None, str | Non
         if library is None or one is None:
             parts[name] = (None, None)
             continue
-        if library not in LIBRARIES or not NAME.match(one):
+        if not (library in LIBRARIES or _of_diffusers(library)) or not NAME.match(one):
             raise Refused(
                 f"{folder} asks for custom code: part {name!r} is {library!r:.60}.{one!r:.60}; "
                 "only classes of diffusers and transformers are loaded"
@@ -58,6 +59,14 @@ def components(folder: File) -> tuple[str, dict[str, tuple[str | None, str | Non
         parts[name] = (library, one)
     scan(folder)
     return kind, parts
+
+
+def _of_diffusers(library: str) -> bool:
+    """Whether a part's library is a pipeline package of diffusers itself: a safety checker's, say."""
+    spec = importlib.util.find_spec("diffusers")
+    if spec is None or spec.origin is None or not NAME.match(library):
+        return False
+    return (File(spec.origin).parent / "pipelines" / library / "__init__.py").is_file()
 
 
 def scan(folder: File) -> None:

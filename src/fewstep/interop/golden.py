@@ -1,9 +1,10 @@
-"""Run a model folder with plain diffusers and compare it with its golden sample.
+"""Run model folders with plain diffusers and compare them with their golden samples.
 
-This file is a script for a fresh process: it reads a folder and must never import the package it belongs to.
-It prints one line of JSON: the largest error of every step count.
+This file is a script for a fresh process: it reads folders and must never import the package it belongs to.
+It prints one line of JSON a folder: the largest error of every step count.
 """
 
+import functools
 import json
 import os
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def load_pipeline(folder: str, kind: str) -> Any:
@@ -28,21 +30,30 @@ def load_pipeline(folder: str, kind: str) -> Any:
     return pipe
 
 
-def run_pipeline(pipe: Any, seed: int, labels: Any, count: int, call: dict[str, Any]) -> Any:
+def run_pipeline(pipe: Any, facts: dict[str, Any], tensors: dict[str, Any], count: int, call: dict[str, Any]) -> Any:
     """What the last scheduler step gives inside ``pipe(...)``: samples before any decoding or clamp."""
     import inspect
 
     import torch
 
     wanted = inspect.signature(type(pipe).__call__).parameters
-    arguments = dict(call, generator=torch.Generator().manual_seed(seed), output_type="pt")
-    if labels is not None:
-        arguments["class_labels"] = labels.tolist()
+    text = bool(facts.get("prompts"))
+    arguments = dict(call, generator=torch.Generator().manual_seed(facts["seed"]))
+    arguments["output_type"] = "latent" if text else "pt"
+    torch.manual_seed(facts["seed"])  # some pipelines give their scheduler no generator
+    if text:
+        arguments["prompt"] = list(facts["prompts"])
+    if "labels" in tensors:
+        arguments["class_labels"] = tensors["labels"].tolist()
     if "batch_size" in wanted:
         arguments["batch_size"] = count
+    for name in ("image", "mask_image"):
+        if name in tensors:
+            arguments[name] = tensors[name]
     seen: list[Any] = []
     plain = pipe.scheduler.step
 
+    @functools.wraps(plain)  # pipelines look at its arguments before they pass a generator
     def step(*args: Any, **kwargs: Any) -> Any:
         answer = plain(*args, **kwargs)
         seen.append(answer[0] if isinstance(answer, tuple) else answer.prev_sample)
@@ -50,10 +61,10 @@ def run_pipeline(pipe: Any, seed: int, labels: Any, count: int, call: dict[str, 
 
     pipe.scheduler.step = step
     try:
-        pictures = pipe(**arguments).images
+        made = pipe(**{name: value for name, value in arguments.items() if name in wanted})
     finally:
         del pipe.scheduler.step
-    if not torch.isfinite(torch.as_tensor(pictures)).all():
+    if not text and not torch.isfinite(torch.as_tensor(made.images)).all():
         raise SystemExit("the pipeline's pictures hold a NaN or an infinity")
     return seen[-1][:count]
 
@@ -74,17 +85,16 @@ def compare(folder: str) -> dict[str, float]:
     with safe_open(os.path.join(folder, "golden.safetensors"), framework="pt") as file:
         facts = json.loads(file.metadata()["golden"])
         tensors = {key: file.get_tensor(key) for key in file.keys()}
-    labels, noise = tensors.get("labels"), tensors["noise"]
     pipe = None if facts["pipeline"] is None else load_pipeline(folder, facts["pipeline"])
     errors = {}
     for steps, call in facts["calls"].items():
         wanted = tensors[f"output_{steps}"]
         if pipe is None:
-            got = run_program(folder, noise, labels)
+            got = run_program(folder, tensors["noise"], tensors.get("labels"))
         elif call is None:
             continue
         else:
-            got = run_pipeline(pipe, facts["seed"], labels, len(wanted), call)
+            got = run_pipeline(pipe, facts, tensors, len(wanted), call)
         if got.shape != wanted.shape:
             raise SystemExit(f"{steps} step(s) gave {list(got.shape)}, the golden sample has {list(wanted.shape)}")
         size = max(1.0, float(wanted.abs().max()))
@@ -93,6 +103,7 @@ def compare(folder: str) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    found = compare(str(Path(sys.argv[1]).resolve()))
-    assert "fewstep" not in sys.modules
-    print(json.dumps({"errors": found}))
+    for name in sys.argv[1:]:
+        found = compare(str(Path(name).resolve()))
+        assert "fewstep" not in sys.modules
+        print(json.dumps({"errors": found}), flush=True)

@@ -8,7 +8,7 @@ a table), and the student that ships is the moved one, so that what is measured 
 |---|---|
 | consistency function on the exploding path | ConsistencyModelPipeline, CMStochasticIterativeScheduler |
 | noise, v or clean image on a table | the teacher's, DDIMScheduler (LCMScheduler where steps renoise) |
-| velocity of a straight path, no labels | DDPMPipeline, FlowMatchEulerDiscreteScheduler |
+| velocity of a straight path, no labels | DDPMPipeline or the teacher's, FlowMatchEulerDiscreteScheduler |
 | any other one-step U-Net | scales folded into its first and last convolution, then as the first row |
 """
 
@@ -31,6 +31,7 @@ from ..student import Student
 
 TOLERANCE = 1e-4  # how far a level may move, as a share of itself, to stand on a scheduler's grid
 BOUNDARY = 0.002
+UNIT = 5e-3  # how far a table's own start may stand from unit noise: Stable Diffusion's is 0.9977
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,17 @@ class Plain:
 
 @dataclass(frozen=True)
 class Setting:
-    """What the plan depends on besides the student: the teacher's pipeline, and whether there are labels."""
+    """What the plan depends on besides the student: the teacher's pipeline, and whether there are labels.
+
+    ``scheduler``: the teacher's configuration, where it describes the student's path. ``accepts``: the arguments that
+    the pipeline takes; ``always``: those of every call, such as guidance that is off and the size of a sample.
+    """
 
     labels: bool
     pipeline: str | None = None
     scheduler: dict[str, Any] = field(default_factory=dict)
-    guided: bool = False
+    accepts: frozenset[str] = frozenset()
+    always: dict[str, Any] = field(default_factory=dict)
 
 
 def wrapped(student: Student) -> Wrapped:
@@ -69,7 +75,7 @@ def wrapped(student: Student) -> Wrapped:
 def plan(student: Student, setting: Setting) -> Plain:
     """The stock pair that runs this student; Refused, with every reason, where there is none."""
     reasons = []
-    for way in (_consistency, _table, _flow, _folded):
+    for way in (_consistency, _table, _flow, _edm, _folded):
         try:
             return way(student, setting)
         except Refused as error:
@@ -166,6 +172,7 @@ def _karras_sigma(index: int, top: float, bottom: float, count: int, rho: float)
 
 # -- tables of alphas -------------------------------------------------------------------------------
 
+LABELLED = "ConsistencyModelPipeline"  # the one pixel pipeline that takes labels
 KINDS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 
 
@@ -179,7 +186,7 @@ def _table(student: Student, setting: Setting) -> Plain:
     count = round(top) + 1
     if count < 2 or abs(top - (count - 1)) > 1e-3:
         raise Refused(f"the start stands at {top:g} of the table, between its entries")
-    if abs(student.start_scale - 1) > 2e-3:
+    if abs(student.start_scale - 1) > UNIT:
         raise Refused(f"stock pipelines begin with unit noise, this student with {student.start_scale:g} * noise")
     notes = []
     if abs(student.start_scale - 1) > 1e-9:
@@ -187,6 +194,7 @@ def _table(student: Student, setting: Setting) -> Plain:
     renoise = student.policy == "renoise" and any(n > 1 for n in student.steps)
     steps: dict[int, tuple[float, ...]] = {}
     calls: dict[int, dict[str, Any] | None] = {}
+    listed = False
     for n, times in student.steps.items():
         index = [float(clock_of(one.clock, one.path, torch.tensor(t, dtype=torch.float64))) for t in times]
         if renoise:
@@ -194,12 +202,21 @@ def _table(student: Student, setting: Setting) -> Plain:
         else:
             grid = [round(i) - 1 for i in np.arange(count, 0, -count / n)]
         fits = (renoise or count % n == 0) and len(grid) == n
+        near = [round(i) for i in index]
         if fits and all(abs(a - b) <= 1 for a, b in zip(index, grid, strict=True)):
             steps[n] = (student.start, *(_time_at(one, i) for i in grid[1:]))
-            calls[n] = {"num_inference_steps": n} | ({"guidance_scale": 1.0} if setting.guided else {})
+            calls[n] = {"num_inference_steps": n}
+        elif "timesteps" in setting.accepts and len(set(near)) == n:
+            steps[n] = (student.start, *(_time_at(one, i) for i in near[1:]))
+            calls[n], listed = {"timesteps": near}, True
         else:
             steps[n], calls[n] = times, None
             notes.append(f"{n} steps at table entries {[round(i, 2) for i in index]} are not the scheduler's {grid}")
+    if listed and not renoise:  # DDIM takes no list of entries, its like in the other frame does
+        for n in calls:
+            entries = [round(float(clock_of(one.clock, one.path, torch.tensor(t)))) for t in steps[n]]
+            calls[n] = {"timesteps": entries} if calls[n] is not None else None
+    calls = {n: None if call is None else call | setting.always for n, call in calls.items()}
     config = dict(setting.scheduler)
     betas = _betas(one, count)
     if not (config and len(betas) == config.get("num_train_timesteps") and isinstance(one.path, Tabulated)):
@@ -209,10 +226,14 @@ def _table(student: Student, setting: Setting) -> Plain:
         "clip_sample": False,
         "thresholding": False,
         "set_alpha_to_one": True,
-        "steps_offset": 0,
+        "steps_offset": config.get("steps_offset", 0),  # not read with this spacing; pipelines warn of another
         "timestep_spacing": "trailing",
     }
     name = "DDIMScheduler"
+    if listed and not renoise:
+        name = "EulerDiscreteScheduler"
+        config |= {"timestep_spacing": "leading", "final_sigmas_type": "zero"}  # leading: unit noise at the start
+        config |= {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
     if renoise:  # boundary scalings off: c_skip -> 0, c_out -> 1
         name = "LCMScheduler"
         config |= {"original_inference_steps": count, "timestep_scaling": 1e6}
@@ -252,23 +273,100 @@ def _flow(student: Student, setting: Setting) -> Plain:
         raise Refused(f"prediction {one.prediction!r}, {_kind(one.path)} path, clock {one.clock!r}: no stock flow")
     if one.scale_input or abs(student.start - 1) > 1e-9 or abs(student.start_scale - 1) > 1e-9:
         raise Refused("a stock flow begins with unit noise at time 1")
-    if setting.pipeline not in (None, "DDPMPipeline") or (setting.labels and setting.pipeline is None):
-        raise Refused(f"{setting.pipeline or 'ConsistencyModelPipeline'} does not run the flow-matching scheduler")
-    shift, steps, notes = 1.0, dict(student.steps), []
+    pixels = setting.pipeline in (None, "DDPMPipeline")
+    if (pixels and setting.labels and setting.pipeline is None) or setting.pipeline in ("DDIMPipeline", LABELLED):
+        raise Refused(f"{setting.pipeline or LABELLED} does not run the flow-matching scheduler")
+    pipeline, several = setting.pipeline or "DDPMPipeline", {n: t for n, t in student.steps.items() if n > 1}
+    renoise = student.policy == "renoise" and bool(several)
+    name, steps, notes = "FlowMatchEulerDiscreteScheduler", dict(student.steps), []
+    config: dict[str, Any] = {"num_train_timesteps": 1000, "shift": 1.0, "use_dynamic_shifting": False}
+    if renoise:
+        config["stochastic_sampling"] = True
     calls: dict[int, dict[str, Any] | None] = dict.fromkeys(steps)
-    if 1 in steps:
-        calls[1] = {"num_inference_steps": 1}
-    if 2 in steps and student.policy == "ode":
-        # two stock steps stand at 1 and at the least sigma 1/1000, shifted twice: choose the shift that
-        # brings it to the wanted time. shift s maps x to s x / (1 + (s - 1) x), so odds times s each time
-        odds = steps[2][1] / (1 - steps[2][1])
-        shift = math.sqrt(odds * 999)
-        calls[2] = {"num_inference_steps": 2}
+    if "sigmas" in setting.accepts:
+        for n, times in steps.items():
+            calls[n] = {"num_inference_steps": n, "sigmas": [float(t) for t in times]}
+    else:
+        calls = {n: {"num_inference_steps": n} if n == 1 else None for n in steps}
+        if set(several) <= {2}:
+            if several and (pixels and student.policy == "ode" or not pixels):
+                config["shift"], calls[2] = _two_steps(steps[2][1]), {"num_inference_steps": 2}
+        elif not renoise and not pixels:
+            name, config = "FlowMapEulerDiscreteScheduler", {"num_train_timesteps": 1000}
+            config["shift"], held = _one_shift(several)
+            for n, times in held.items():
+                steps[n], calls[n] = (student.start, *times[1:]), {"num_inference_steps": n}
     for n in steps:
         if calls[n] is None:
             notes.append(f"{n} steps of this student are not on the stock scheduler's grid")
-    config = {"num_train_timesteps": 1000, "shift": shift}
-    return Plain("DDPMPipeline", "FlowMatchEulerDiscreteScheduler", config, student, calls, tuple(notes))
+    calls = {n: None if call is None else call | setting.always for n, call in calls.items()}
+    return Plain(pipeline, name, config, _with(student, steps), calls, tuple(notes))
+
+
+def _two_steps(inner: float) -> float:
+    """The shift that puts the second of two stock steps at a time.
+
+    Two stock steps stand at 1 and at the least sigma 1/1000, shifted twice. Shift s maps x to
+    s x / (1 + (s - 1) x), so it multiplies the odds by s each time.
+    """
+    return math.sqrt(inner / (1 - inner) * 999)
+
+
+def _one_shift(several: dict[int, tuple[float, ...]]) -> tuple[float, dict[int, tuple[float, ...]]]:
+    """The shift of an even grid that most step counts stand on, and those with their times there."""
+    best: tuple[float, dict[int, tuple[float, ...]]] = (1.0, {})
+    for n, times in several.items():
+        even = 1 - 1 / n
+        shift = times[1] / (1 - times[1]) / (even / (1 - even))
+        held = {}
+        for m, wanted in several.items():
+            grid = [1 - i / m for i in range(m)]
+            grid = [shift * x / (1 + (shift - 1) * x) for x in grid]
+            if all(abs(a - b) <= TOLERANCE * b for a, b in zip(grid, wanted, strict=True)):
+                held[m] = tuple(grid)
+        if len(held) > len(best[1]):
+            best = (shift, held)
+    return best
+
+
+# -- the EDM's own preconditioning ------------------------------------------------------------------
+
+
+def _edm(student: Student, setting: Setting) -> Plain:
+    """A teacher's pipeline with the Euler scheduler of EDM: it begins at sqrt(sigma_max^2 + 1) noise, and so does
+    the student that ships."""
+    one = wrapped(student)
+    if one.prediction != "edm" or one.clock != "log_sigma/4" or not one.scale_input:
+        raise Refused(f"prediction {one.prediction!r} on clock {one.clock!r} is not EDM's")
+    if setting.pipeline is None or "num_inference_steps" not in setting.accepts or not setting.scheduler:
+        raise Refused("no pipeline of the teacher's runs EDM's scheduler")
+    several = {n: times for n, times in student.steps.items() if n > 1}
+    renoise = student.policy == "renoise" and bool(several)
+    low = next(iter(several.values()))[-1] if several else min(one.path.t_low, student.start / 2)
+    calls: dict[int, dict[str, Any] | None] = {}
+    notes = []
+    steps = dict(student.steps)
+    for n, times in student.steps.items():
+        ends = student.start ** (1 / 7), low ** (1 / 7)
+        grid = [(ends[0] + i / max(n - 1, 1) * (ends[1] - ends[0])) ** 7 for i in range(n)]
+        fits = not (renoise and n > 1) and all(abs(a - b) <= TOLERANCE * b for a, b in zip(grid, times, strict=True))
+        calls[n] = {"num_inference_steps": n} | setting.always if fits else None
+        if fits:
+            steps[n] = (student.start, *grid[1:])
+        else:
+            notes.append(f"{n} steps of this student are not on the stock scheduler's grid")
+    config = {
+        "sigma_min": low,
+        "sigma_max": student.start,
+        "sigma_data": one.data_std,
+        "sigma_schedule": "karras",
+        "rho": 7.0,
+        "prediction_type": "epsilon",
+        "num_train_timesteps": 1000,
+        "final_sigmas_type": "zero",
+    }
+    moved = _with(student, steps, start_scale=math.sqrt(student.start**2 + 1))
+    return Plain(setting.pipeline, "EDMEulerScheduler", config, moved, calls, tuple(notes))
 
 
 # -- anything else in one step ----------------------------------------------------------------------
@@ -337,7 +435,7 @@ def _folded(student: Student, setting: Setting) -> Plain:
 
 def inner_network(net: nn.Module) -> nn.Module:
     """The network itself, without the recorder's call around it."""
-    from .recorder import Recorded
+    from .recorded import Recorded
 
     return net.net if isinstance(net, Recorded) else net
 

@@ -2,43 +2,51 @@
 
 The recorder hooks the parts of a pipeline and its scheduler, lets the user's own ``pipe(...)`` take a few
 steps, and reads from the calls what the state is, which argument is the time, which are conditions, which
-rows are the guidance pair. ``Recorded`` replays that call with our signature.
+rows or calls are the guidance pair, and what the autoencoder is given at the end. ``Recorded`` replays that
+call with our signature; ``embed`` runs the pipeline's own encoders for other prompts.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..cond import Cond
+from ..cond import Cond, join
 from ..errors import Refused
+from .latents import Codec, find_codec
+from .recorded import REST, Clock, Form, Layouts, Recorded, map_cond, pack
+from .roles import (
+    CLOSE,
+    Call,
+    Mix,
+    State,
+    Step,
+    cut,
+    find_clock,
+    find_layouts,
+    find_mix,
+    find_state,
+    rest_of,
+    rounds_of,
+)
 from .schedules import Schedule, read_schedule
+from .watching import Enough, Watch, line_of, watched
 
-ROWS = 2  # rows of the recorded batch: the least that tells a row of conditions from a constant
-FIRST_IS_CONDITIONED = {"DiTPipeline"}  # where guidance stands first, should the answers not tell
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of a network: its arguments by name (dictionaries flattened with dots), and its answer."""
-
-    arguments: dict[str, Any]
-    output: Tensor
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step of the scheduler: what it was given."""
-
-    output: Tensor
-    time: Any
-    sample: Tensor
+ROWS = 3  # of the recorded batch: a number that sizes of grids and texts seldom are
+STEPS = 3  # the least that tells a straight line from a curve
+PROMPTS = ("a photo", "two red boats on a quiet lake", "one dog")  # of different lengths: masks differ
+NO_PROMPT = " "
+# arguments that belong to one call, not to the pipeline's use: inputs, steps, guidance
+PER_CALL = (
+    "prompt", "negative_prompt", "class_labels", "batch_size", "generator", "latents", "output_type", "return_dict",
+    "num_inference_steps", "timesteps", "sigmas", "guidance_scale", "true_cfg_scale", "image", "mask_image",
+)  # fmt: skip
+BATCH = 32  # prompts that are encoded at once
 
 
 @dataclass(frozen=True)
@@ -48,12 +56,15 @@ class Recording:
     Attributes
     ----------
     kind: the pipeline's class. ``part``: the name of the network in it.
-    state, clock: names of the arguments that carry the noisy sample and the time.
+    state, clock: names of the arguments that carry the noisy sample and the time; ``form`` and ``reads``: how.
     conditions: names of the arguments with one row a sample. ``fixed``: all other arguments.
     cond, negative: the condition of the recorded rows, and its "no condition" where guidance was on.
     guidance: the scale that the pipeline itself applied; None without a guidance pair.
     channels: of the sample; a network with twice as many answers has learned sigmas, which are cut off.
     shape: of one sample. ``labels``: the one condition is a class label.
+    call: the arguments of ``pipe(...)``. ``codec``: between latents and what the part ``decoder`` reads.
+    answer: what the network gave in its first call, as it gave it.
+    notes: what a user should know about it.
     """
 
     kind: str
@@ -71,6 +82,16 @@ class Recording:
     shape: tuple[int, ...]
     calls: tuple[Call, ...] = field(repr=False)
     steps: tuple[Step, ...] = field(repr=False)
+    layouts: Layouts = field(default_factory=Layouts, repr=False)
+    form: Form = field(default_factory=Form)
+    reads: Clock = field(default_factory=Clock)
+    mix: Mix = field(default_factory=Mix)
+    passes: int = 1
+    call: dict[str, Any] = field(default_factory=dict, repr=False)
+    codec: Codec | None = field(default=None, repr=False)
+    decoder: str | None = None
+    answer: Any = field(default=None, repr=False)
+    notes: tuple[str, ...] = ()
 
     @property
     def labels(self) -> bool:
@@ -78,87 +99,63 @@ class Recording:
 
     def replay(self) -> Recorded:
         """The network with our signature."""
-        null = None if self.negative is None else _map(self.negative, lambda v: v[:1].clone())
-        return Recorded(self.network, self.state, self.clock, self.conditions, self.fixed, self.channels, null)
+        null = None if self.negative is None else map_cond(self.negative, lambda v: v[:1].clone())
+        return Recorded(
+            self.network,
+            self.state,
+            self.clock,
+            self.layouts,
+            self.fixed,
+            null,
+            form=self.form,
+            reads=self.reads,
+            sign=self.mix.sign,
+        )
 
+    def always(self, pipe: Any) -> dict[str, Any]:
+        """Arguments of every call of a student's pipeline: the size of a sample, and guidance that is off.
 
-class Recorded(nn.Module):
-    """A recorded network called as ``net(x, time[batch], cond, span) -> like x``.
+        An embedded guidance scale is an input of the network, so it stays at the recorded value.
+        """
+        wanted = inspect.signature(type(pipe).__call__).parameters
+        said = {k: v for k, v in self.call.items() if k not in PER_CALL and _plain(v)}
+        if "guidance_scale" in wanted:
+            scale = self.call.get("guidance_scale", _default(wanted, "guidance_scale"))
+            numbers = [v for v in self.layouts.repeated.values() if isinstance(v, Tensor) and v.ndim == 1]
+            embedded = isinstance(scale, (int, float)) and any(abs(float(v[0]) - scale) < CLOSE for v in numbers)
+            if embedded:
+                said["guidance_scale"] = float(scale)
+            elif isinstance(scale, (int, float)):
+                # most pipelines mean "other + g (one - other)"; where g counts from the conditioned answer, 0 is off
+                counts_from_one = self.guidance is not None and abs(self.guidance - scale - 1) < CLOSE * (
+                    1 + abs(scale)
+                )
+                said["guidance_scale"] = 0.0 if counts_from_one else 1.0
+        if "true_cfg_scale" in wanted:
+            said["true_cfg_scale"] = 1.0
+        return said
 
-    ``cond`` is a tensor where the network has one condition, else a dictionary by argument name. Without one,
-    the recorded "no condition" stands in; ValueError (Refused) where there is none. ``span`` is not read.
-    """
-
-    reads_s = False
-
-    def __init__(
-        self,
-        net: nn.Module,
-        state: str,
-        clock: str,
-        conditions: tuple[str, ...],
-        fixed: Mapping[str, Any],
-        channels: int,
-        null: Cond = None,
-    ) -> None:
-        super().__init__()
-        self.net, self.state, self.clock = net, state, clock
-        self.conditions, self.channels, self.negative = tuple(conditions), channels, null
-        self.fixed = dict(fixed)
-        self.net.eval()
-
-    def train(self, mode: bool = True) -> Recorded:
-        """Learning or not, the network itself stays in evaluation mode: a DiT in training mode would swap labels
-        for "no condition" at random, behind the method's back."""
-        super().train(mode)
-        self.net.eval()
-        return self
-
-    def forward(self, x: Tensor, time: Tensor, cond: Cond = None, span: Tensor | None = None) -> Tensor:
-        dtype = next((p.dtype for p in self.net.parameters() if p.is_floating_point()), x.dtype)
-        named: dict[str, Any] = {k: _to(v, x.device) for k, v in self.fixed.items()}
-        named[self.state] = x.to(dtype)
-        named[self.clock] = time
-        for name, value in self._conditions(cond, x).items():
-            named[name] = value.to(dtype) if value.is_floating_point() else value
-        answer = first_tensor(self.net(**_nested(named)))
-        if answer.shape[1] != self.channels:
-            answer = answer[:, : self.channels]
-        return answer.to(x.dtype)
-
-    def null(self, cond: Cond) -> Cond:
-        """The recorded "no condition" for every row of a condition; Refused where none was recorded."""
-        if self.negative is None:
-            raise Refused("the pipeline was recorded without a negative condition: guidance needs one")
-        some = next(iter(cond.values())) if isinstance(cond, dict) else cond
-        if some is None:
-            return None
-        return self._negatives(some.shape[0], some.device)
-
-    def _negatives(self, count: int, device: torch.device) -> Cond:
-        return _map(self.negative, lambda v: v.to(device)[:1].expand(count, *v.shape[1:]))
-
-    def _conditions(self, cond: Cond, x: Tensor) -> dict[str, Tensor]:
-        if not self.conditions:
-            return {}
-        if cond is None:
-            if self.negative is None:
-                raise Refused(f"the network needs a condition ({', '.join(self.conditions)}): pass cond")
-            cond = self._negatives(x.shape[0], x.device)
-        if isinstance(cond, Tensor):
-            if len(self.conditions) != 1:
-                raise Refused(f"the network has conditions {', '.join(self.conditions)}: pass a dictionary of them")
-            return {self.conditions[0]: cond}
-        assert cond is not None
-        if set(cond) != set(self.conditions):
-            raise Refused(f"the network has conditions {', '.join(self.conditions)}, got {', '.join(sorted(cond))}")
-        return dict(cond)
+    def conditions_of(self, calls: Sequence[Call], pair: bool) -> list[dict[str, Tensor]]:
+        """The conditions in the calls of one step: [conditioned, negative], or the one there is."""
+        found: list[dict[str, Tensor]] = []
+        for call in calls:
+            value = call.arguments[self.state]
+            named = self.layouts.read(call.arguments, len(value))
+            if self.form.rest is not None:
+                held = State(self.state, self.form, len(value), ())
+                named[self.state + REST] = rest_of(value, held, self.steps[0].sample)
+            if pair and self.passes == 1:
+                found += [{n: v.chunk(2)[k] for n, v in named.items()} for k in (0, 1)]
+            else:
+                found.append(named)
+        return found if self.mix.first or len(found) < 2 else found[::-1]
 
 
 def record(pipe: Any, call: Mapping[str, Any] | None = None) -> Recording:
     """Run a pipeline once and learn how it calls its network.
 
-    ``call`` are arguments of ``pipe(...)``; None chooses two rows and two steps. The pipeline is left as it was.
+    ``call`` are arguments of ``pipe(...)`` that replace those of a small default run: its size, its guidance, its
+    negative prompt, its pictures. The pipeline is left as it was.
     Refused, with the reason, where the calls cannot be read.
     """
     kind = type(pipe).__name__
@@ -166,35 +163,88 @@ def record(pipe: Any, call: Mapping[str, Any] | None = None) -> Recording:
     if scheduler is None or not callable(getattr(scheduler, "step", None)):
         raise Refused(f"{kind} has no scheduler whose steps could be watched")
     schedule = read_schedule(scheduler)
-    arguments = dict(default_call(pipe) if call is None else call)
-    with _watched(pipe) as (calls, steps):
-        try:
-            with torch.no_grad():
-                pipe(**arguments)
-        except Exception as error:  # whatever a stranger's pipeline raises
-            reason = (str(error).splitlines() or [""])[0][:200]
-            raise Refused(f"{kind} could not be run for a recording: {type(error).__name__}: {reason}") from None
-    if len(steps) < 2:
-        raise Refused(f"{kind} took {len(steps)} scheduler step(s) in the recording; at least 2 tell the time apart")
-    return _read(kind, pipe, schedule, calls, steps)
+    failed: Exception | None = None
+    for attempt in default_calls(pipe, call or {}):
+        with watched(pipe) as watch:
+            try:
+                with torch.no_grad():
+                    pipe(**attempt)
+            except Enough:
+                pass
+            except Exception as error:  # whatever a stranger's pipeline raises
+                failed = failed or error
+                continue
+        if len(watch.steps) < 2:
+            raise Refused(
+                f"{kind} took {len(watch.steps)} scheduler step(s) in the recording; at least 2 tell the time apart"
+            )
+        return _read(kind, pipe, schedule, watch, attempt)
+    assert failed is not None
+    raise Refused(f"{kind} could not be run for a recording: {line_of(failed)}")
 
 
-def default_call(pipe: Any, rows: int = ROWS, steps: int = 2) -> dict[str, Any]:
-    """Arguments for one small run: a few rows, a few steps, a fixed seed, tensors out."""
+def default_calls(pipe: Any, given: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Arguments for one small run: a few rows, a few steps, a fixed seed, tensors out; then with pictures in."""
     wanted = inspect.signature(type(pipe).__call__).parameters
-    call: dict[str, Any] = {"num_inference_steps": steps}
+    call: dict[str, Any] = {"num_inference_steps": STEPS}
     labels = _label_count(pipe)
-    if "prompt" in wanted:
-        call["prompt"] = ["a photo"] * rows
-    elif "class_labels" in wanted and (labels or wanted["class_labels"].default is inspect.Parameter.empty):
-        call["class_labels"] = [i % (labels or 1) for i in range(rows)]
+    if "prompt" in wanted and "prompt_embeds" not in given:
+        call["prompt"] = list(PROMPTS)
+        scale = given.get("true_cfg_scale", _default(wanted, "true_cfg_scale"))
+        if isinstance(scale, (int, float)) and scale > 1 and "negative_prompt" in wanted:
+            call["negative_prompt"] = NO_PROMPT  # true guidance is off without one
+    elif "class_labels" in wanted and (labels or _default(wanted, "class_labels") is inspect.Parameter.empty):
+        call["class_labels"] = [i % (labels or 1) for i in range(ROWS)]
     if "batch_size" in wanted:
-        call["batch_size"] = rows
-    if "generator" in wanted:
-        call["generator"] = torch.Generator().manual_seed(0)
+        call["batch_size"] = ROWS
+    if "strength" in wanted:
+        call["strength"] = 1.0
     if "output_type" in wanted:
         call["output_type"] = "pt"
-    return {name: value for name, value in call.items() if name in wanted}
+    call = {name: value for name, value in call.items() if name in wanted} | dict(given)
+    yield _renewed(pipe, call)
+    if "image" in wanted and "image" not in call:
+        side = _side(pipe, call)
+        image = torch.rand((1, 3, *side), generator=torch.Generator().manual_seed(1))
+        call["image"] = image
+        if "mask_image" in wanted:
+            mask = torch.zeros(1, 1, *side)
+            mask[..., : side[1] // 2] = 1.0
+            call["mask_image"] = mask
+        yield _renewed(pipe, call)
+
+
+def _renewed(pipe: Any, call: Mapping[str, Any], prompts: Sequence[str] | None = None) -> dict[str, Any]:
+    """A call with a fresh generator, with other prompts, and as many negative prompts as there are prompts."""
+    wanted = inspect.signature(type(pipe).__call__).parameters
+    renewed = dict(call)
+    if prompts is not None:
+        renewed["prompt"] = list(prompts)
+    if isinstance(renewed.get("prompt"), str):
+        renewed["prompt"] = [renewed["prompt"]] * ROWS
+    negative = renewed.get("negative_prompt")
+    if negative is not None and isinstance(renewed.get("prompt"), list):
+        first = negative if isinstance(negative, str) else negative[0]
+        renewed["negative_prompt"] = [first] * len(renewed["prompt"])
+    if "generator" in wanted and "generator" not in call:
+        renewed["generator"] = torch.Generator().manual_seed(0)
+    return renewed
+
+
+def _default(wanted: Mapping[str, inspect.Parameter], name: str) -> Any:
+    return wanted[name].default if name in wanted else None
+
+
+def _side(pipe: Any, call: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width of the pictures that a pipeline makes."""
+    size: Any = getattr(pipe, "default_sample_size", None)
+    for part in pipe.components.values():
+        config: Any = getattr(part, "config", None)
+        if size is None and isinstance(part, nn.Module) and isinstance(config, Mapping):
+            size = config.get("sample_size") if hasattr(part, "forward") and "in_channels" in config else None
+    factor = int(getattr(pipe, "vae_scale_factor", 8))
+    whole = (size if isinstance(size, int) else 64) * factor
+    return int(call.get("height") or whole), int(call.get("width") or whole)
 
 
 def _label_count(pipe: Any) -> int | None:
@@ -207,282 +257,259 @@ def _label_count(pipe: Any) -> int | None:
     return None
 
 
-@contextmanager
-def _watched(pipe: Any) -> Iterator[tuple[dict[str, list[Call]], list[Step]]]:
-    calls: dict[str, list[Call]] = {}
-    steps: list[Step] = []
-    handles = []
-
-    def watch(name: str, module: nn.Module) -> None:
-        signature = inspect.signature(type(module).forward)
-        pending: list[dict[str, Any]] = []
-
-        def before(_: nn.Module, args: Any, kwargs: Any) -> None:
-            bound = signature.bind(module, *args, **kwargs).arguments
-            named: dict[str, Any] = {}
-            for key, value in list(bound.items())[1:]:
-                if signature.parameters[key].kind is inspect.Parameter.VAR_KEYWORD:
-                    named.update(_flat(value))
-                else:
-                    named.update(_flat({key: value}))
-            pending.append({k: _kept(v) for k, v in named.items()})
-
-        def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            try:
-                answer = _kept(first_tensor(output))
-            except Refused:
-                pending.pop()
-                return
-            calls.setdefault(name, []).append(Call(pending.pop(), answer))
-
-        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(module.register_forward_hook(after, with_kwargs=True))
-
-    learning = []
-    for name, part in pipe.components.items():
-        if isinstance(part, nn.Module):
-            watch(name, part)
-            learning += [module for module in part.modules() if module.training]
-            part.eval()
-    scheduler = pipe.scheduler
-    plain = scheduler.step
-    signature = inspect.signature(plain)
-
-    def step(*args: Any, **kwargs: Any) -> Any:
-        given = list(signature.bind(*args, **kwargs).arguments.values())
-        steps.append(Step(_kept(given[0]), _kept(given[1]), _kept(given[2])))
-        return plain(*args, **kwargs)
-
-    scheduler.step = step
-    try:
-        yield calls, steps
-    finally:
-        for module in learning:
-            module.training = True
-        del scheduler.step
-        for handle in handles:
-            handle.remove()
+# -- prompts ----------------------------------------------------------------------------------------
 
 
-def _read(kind: str, pipe: Any, schedule: Schedule, calls: dict[str, list[Call]], steps: list[Step]) -> Recording:
-    repeated = {name: seen for name, seen in calls.items() if len(seen) == len(steps)}
-    if not repeated:
+def embed(
+    pipe: Any, recording: Recording, prompts: Sequence[str], negative: str | None = None, width: int | None = None
+) -> Cond:
+    """The network's conditions for prompts, as the pipeline's own run makes them; the network itself is not run.
+
+    With ``negative`` the conditions of that negative prompt beside them. Texts of different lengths are padded to
+    the longest, or to ``width`` tokens.
+    """
+    if not isinstance(recording.call.get("prompt"), list):
+        raise Refused(f"{recording.kind} takes no prompts")
+    if not prompts or not all(isinstance(p, str) for p in prompts):
+        raise Refused("prompts are a list of at least one text")
+    if negative is not None and recording.negative is None:
+        raise Refused(
+            f"{recording.kind} was recorded without guidance, so a negative prompt does not reach its network"
+        )
+    if negative is not None and "negative_prompt" not in inspect.signature(type(pipe).__call__).parameters:
+        raise Refused(f"{recording.kind} takes no negative prompt: its own is the recorded one")
+    call = recording.call if negative is None else {**recording.call, "negative_prompt": negative}
+    parts = []
+    for begin in range(0, len(prompts), BATCH):
+        some = list(prompts[begin : begin + BATCH])
+        found = _heard(pipe, recording, _renewed(pipe, call, some), both=negative is not None)
+        parts.append(pack(found[-1 if negative is not None else 0]))
+    widest = [p for p in (*parts, recording.cond) if isinstance(p, dict)]
+    widths = [p[group[0]].shape[1] for p in widest for group in recording.layouts.groups]
+    if width is not None and widths and max(widths) > width:
+        raise Refused(f"the longest prompt has {max(widths)} tokens, more than the {width} asked for")
+    joined: Cond = None
+    for part in parts:
+        wide = part
+        for other in (*parts, recording.cond):
+            wide = recording.layouts.widen(wide, other)
+        wide = recording.layouts.widen(wide, width=width)
+        joined = wide if joined is None else join(joined, wide)
+    return joined
+
+
+def _heard(pipe: Any, recording: Recording, call: Mapping[str, Any], both: bool) -> list[dict[str, Tensor]]:
+    """The conditions in the first calls of a run that is stopped there."""
+    pair = recording.guidance is not None
+    one_is_enough = recording.passes == 1 or (not both and recording.mix.first)
+    network: Any = recording.network
+    with watched(pipe, stop=(recording.part, 1 if one_is_enough else 2)) as watch:
+        network.forward = lambda *args, **kwargs: recording.answer  # the pair's other call needs no answer of ours
+        try:
+            with torch.no_grad():
+                pipe(**call)
+        except Enough:
+            pass
+        except Exception as error:
+            raise Refused(f"{recording.kind} could not encode these prompts: {line_of(error)}") from None
+        finally:
+            del network.forward
+    calls = watch.calls.get(recording.part, [])
+    if not calls:
+        raise Refused(f"{recording.kind} did not call its network for these prompts")
+    return recording.conditions_of(calls, pair)
+
+
+def first_call(pipe: Any, recording: Recording, call: Mapping[str, Any]) -> tuple[Tensor, Cond, bool]:
+    """(sample, condition, whether the scheduler is given the generator) as an unguided run enters the network."""
+    with watched(pipe, stop=(recording.part, 1)) as watch:
+        try:
+            with torch.no_grad():
+                pipe(**call)
+        except Enough:
+            pass
+        except Exception as error:
+            raise Refused(f"{recording.kind} could not be run as a student: {line_of(error)}") from None
+    seen = watch.calls.get(recording.part, [])
+    if not seen:
+        raise Refused(f"{recording.kind} did not call its network as a student")
+    state = recording.form.take(seen[0].arguments[recording.state])
+    prompts = call.get("prompt")
+    if isinstance(prompts, list) and len(state) != len(prompts):
+        raise Refused(f"{recording.kind} still guides with {call}: its guidance cannot be switched off")
+    named = recording.conditions_of(seen, pair=False)[0]
+    gives = callable(getattr(pipe, "prepare_extra_step_kwargs", None))
+    return cut(state, recording.steps[0].sample), pack(named), gives
+
+
+def _plain(value: Any) -> bool:
+    """Whether an argument can be written down."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return True
+    return isinstance(value, list) and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value)
+
+
+# -- reading ----------------------------------------------------------------------------------------
+
+
+def _read(kind: str, pipe: Any, schedule: Schedule, watch: Watch, call: dict[str, Any]) -> Recording:
+    calls, steps = watch.calls, _single(watch.steps)
+    grouped = {name: rounds for name, seen in calls.items() if (rounds := rounds_of(seen, len(steps))) is not None}
+    if not grouped:
         counts = ", ".join(f"{name} {len(seen)} times" for name, seen in calls.items()) or "none"
-        raise Refused(f"{kind} took {len(steps)} steps but no network was called once a step (called: {counts})")
-    found = [(name, state) for name, seen in repeated.items() if (state := _find_state(seen, steps)) is not None]
+        raise Refused(
+            f"{kind} took {len(steps)} steps but no network was called once a step, or twice (called: {counts})"
+        )
+    found = [(name, state) for name, rounds in grouped.items() if (state := find_state(rounds, steps)) is not None]
+    if len(found) > 1:
+        found = [(name, state) for name, state in found if _speaks(kind, name, grouped[name], steps, state)] or found
     if len(found) != 1:
-        names = ", ".join(repeated)
+        names = ", ".join(grouped)
         many = "more than one" if found else "no"
         raise Refused(f"{kind}: {many} network reads the noisy sample whole (of {names})")
     part, state = found[0]
-    seen = repeated[part]
-    clock = _find_clock(kind, seen, steps, state)
-    rows = seen[0].arguments[state].shape[0]
+    rounds = grouped[part]
     sample = steps[0].sample
-    channels = sample.shape[1]
-    width = seen[0].output.shape[1] if seen[0].output.ndim > 1 else 0
-    if seen[0].output.shape[2:] != sample.shape[2:] or width not in (channels, 2 * channels):
-        raise Refused(f"{kind}: {part} answers {list(seen[0].output.shape)} to a sample {list(sample.shape)}")
-
-    conditions, fixed = [], {}
-    for name, value in seen[0].arguments.items():
-        if name in (state, clock):
+    for before, after in zip(steps[:-1], steps[1:], strict=True):
+        result, size = before.result, max(1.0, float(after.sample.abs().max()))
+        if result is None or result.shape != after.sample.shape:
             continue
-        if any(not _same(value, other.arguments.get(name)) for other in seen[1:]):
-            raise Refused(f"{kind}: argument {name!r} of {part} changes from step to step, so it cannot be replayed")
-        if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == rows:
-            conditions.append(name)
-        else:
-            fixed[name] = value
-
-    first, guidance = _find_pair(kind, seen, steps, state, channels)
-    arguments = seen[0].arguments
-    halves = [_pack({name: arguments[name].chunk(2)[i] for name in conditions}) for i in (0, 1)]
-    if guidance is None:
-        cond, negative = _pack({name: arguments[name] for name in conditions}), None
-    else:
-        cond, negative = halves[0 if first else 1], halves[1 if first else 0]
+        if (result - after.sample).abs().max() > CLOSE * size:
+            raise Refused(
+                f"{kind} changes the sample between steps, so its steps are not its network's alone; "
+                "for inpainting take a network that reads the mask"
+            )
+    if state.rows < 2:
+        raise Refused(f"{kind} was recorded with one sample: at least two tell a row of conditions from a constant")
+    clock, reads = find_clock(kind, part, rounds, steps, state)
+    _hold_scale(kind, part, schedule, steps, state)
+    layouts, fixed = find_layouts(kind, part, rounds, state, clock)
+    pair = state.rows == 2 * sample.shape[0] or len(rounds[0]) == 2
+    if state.rows == 2 * sample.shape[0] and len(rounds[0]) == 2:
+        raise Refused(f"{kind} calls {part} twice a step with two samples each: only one pair is read")
     recording = Recording(
         kind,
         part,
         getattr(pipe, part),
         schedule,
-        state,
+        state.name,
         clock,
-        tuple(conditions),
+        layouts.names + ((state.name + REST,) if state.form.rest is not None else ()),
         fixed,
-        cond,
-        negative,
-        guidance,
-        channels,
+        None,
+        None,
+        None,
+        sample.shape[1],
         tuple(sample.shape[1:]),
-        tuple(seen),
+        tuple(calls[part]),
         tuple(steps),
+        layouts,
+        state.form,
+        reads,
+        passes=len(rounds[0]),
+        call={k: v for k, v in call.items() if k != "generator"},
     )
-    _prove(recording)
+    halves = recording.conditions_of(rounds[0], pair)
+    mix = find_mix(kind, part, rounds[0], steps[0], state, [pack(half) for half in halves])
+    if not mix.first:
+        halves = halves[::-1]
+    notes = []
+    if mix.rescaled:
+        notes.append(
+            f"{kind} holds its guided answer to the length of the conditioned one; guidance in training does not"
+        )
+    if pair:
+        halves = [_wide(layouts, halves[0], halves[1]), _wide(layouts, halves[1], halves[0])]
+    codec, note = find_codec(steps[-1].result, watch.decoded)
+    changes: dict[str, Any] = {
+        "cond": pack(halves[0]),
+        "negative": pack(halves[1]) if pair else None,
+        "guidance": mix.scale,
+        "mix": mix,
+        "codec": codec,
+        "decoder": watch.decoder,
+        "answer": watch.answers[part],
+        "notes": (*notes, *([note] if note else [])),
+    }
+    recording = replace(recording, **changes)
+    _prove(recording, rounds[0])
     return recording
 
 
-def _find_state(calls: list[Call], steps: list[Step]) -> str | None:
-    """The argument that is the noisy sample up to one factor a call, or that sample twice."""
-    for name, value in calls[0].arguments.items():
-        fits = isinstance(value, Tensor) and value.is_floating_point() and value.ndim == steps[0].sample.ndim
-        if fits and all(_scaled(c.arguments.get(name), s.sample) for c, s in zip(calls, steps, strict=True)):
-            return name
-    return None
+def _single(steps: list[Step]) -> list[Step]:
+    """Steps with each sample once: some pipelines carry the guidance pair through the scheduler."""
+    rows = steps[0].sample.shape[0]
+    half = rows // 2
+    if rows % 2 or not all(s.sample.shape[0] == rows and torch.equal(s.sample[:half], s.sample[half:]) for s in steps):
+        return steps
+    return [
+        Step(s.output[:half], s.time, s.sample[:half], None if s.result is None else s.result[:half]) for s in steps
+    ]
 
 
-def _scaled(value: Any, sample: Tensor) -> bool:
-    if not isinstance(value, Tensor) or value.shape[1:] != sample.shape[1:]:
+def _wide(layouts: Layouts, one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, Tensor]:
+    wide = layouts.widen(one, other)
+    assert isinstance(wide, dict)
+    return wide
+
+
+def _speaks(kind: str, part: str, rounds: Sequence[Sequence[Call]], steps: Sequence[Step], state: State) -> bool:
+    """Whether a network's answers are what the scheduler was given."""
+    try:
+        find_mix(kind, part, rounds[0], steps[0], state, (None, None))
+    except Refused:
         return False
-    if value.shape[0] == 2 * sample.shape[0]:
-        sample = torch.cat([sample, sample])
-    if value.shape != sample.shape:
-        return False
-    value, sample = value.double(), sample.double()
-    size = (sample * sample).sum()
-    factor = (value * sample).sum() / size
-    return bool(size > 0 and factor > 0 and ((value - factor * sample).abs().max() <= 1e-3 * value.abs().max()))
+    return True
 
 
-def _find_clock(kind: str, calls: list[Call], steps: list[Step], state: str) -> str:
-    """The argument that is the scheduler's time in every call, or failing that a fixed multiple of it."""
-    times = [float(torch.as_tensor(s.time, dtype=torch.float64).flatten()[0]) for s in steps]
-    factors: dict[str, float] = {}
-    for name in calls[0].arguments:
-        values = [_constant(c.arguments.get(name)) for c in calls]
-        if name == state or any(v is None for v in values):
-            continue
-        pairs = [(float(v), t) for v, t in zip(values, times, strict=True) if v is not None]
-        factor = next((v / t for v, t in pairs if t), None)
-        if factor and all(abs(v - factor * t) <= 1e-4 * max(1.0, abs(v)) for v, t in pairs):
-            factors[name] = factor
-    if not factors:
-        raise Refused(f"{kind}: no argument of its network follows the scheduler's time")
-    name = min(factors, key=lambda n: abs(factors[n] - 1))
-    if abs(factors[name] - 1) > 1e-3:
-        raise Refused(f"{kind}: its network reads {factors[name]:g} times the scheduler's time, which is not supported")
-    return name
+def _hold_scale(kind: str, part: str, schedule: Schedule, steps: Sequence[Step], state: State) -> None:
+    """Refuse a network whose sample is scaled otherwise than its schedule says."""
+    for step, factor in zip(steps, state.factors, strict=True):
+        if schedule.clock == "1000t":
+            wanted = 1.0
+        elif schedule.scale_input and schedule.clock == "log_sigma/4":
+            sigma = float(torch.tensor(4 * step.clock, dtype=torch.float64).exp())
+            wanted = (sigma**2 + schedule.data_std**2) ** -0.5
+        else:
+            continue  # schedulers of one table stand in several frames; their networks read one
+        if abs(factor / wanted - 1) > 1e-2:
+            raise Refused(f"{kind}: {part} reads {factor:.4g} times the sample, its scheduler says {wanted:.4g}")
 
 
-def _constant(value: Any) -> float | None:
-    """The one number that an argument holds, once or a row; None for anything else."""
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, (int, float)):
-        return float(value)
-    if isinstance(value, Tensor) and value.ndim <= 1 and value.numel() and value.dtype is not torch.bool:
-        flat = value.flatten().double()
-        return float(flat[0]) if bool((flat == flat[0]).all()) else None
-    return None
-
-
-def _find_pair(kind: str, calls: list[Call], steps: list[Step], state: str, channels: int) -> tuple[bool, float | None]:
-    """Whether the conditioned half stands first, and the guidance scale; (_, None) without a pair."""
-    value = calls[0].arguments[state]
-    half = value.shape[0] // 2
-    if value.shape[0] % 2 or not torch.equal(value[:half], value[half:]):
-        given, mixed = calls[0].output[:, :channels], steps[0].output
-        if mixed.shape[1] == 2 * channels:
-            mixed = mixed[:, :channels]
-        if given.shape != mixed.shape or (given - mixed).abs().max() > 1e-4 * max(1.0, float(given.abs().max())):
-            raise Refused(f"{kind} changes its network's answer before its scheduler sees it; that is not read")
-        return True, None
-    answer = calls[0].output[:, :channels].double()
-    one, other = answer[:half], answer[half:]
-    mixed = steps[0].output[:half, :channels].double()
-    gap = one - other
-    size = (gap * gap).sum()
-    if float(gap.abs().max()) < 1e-6 * max(1.0, float(answer.abs().max())):  # an untrained network: halves agree
-        return kind in FIRST_IS_CONDITIONED, 1.0
-    scale = float(((mixed - other) * gap).sum() / size)
-    if (other + scale * gap - mixed).abs().max() > 1e-3 * max(1.0, float(mixed.abs().max())):
-        raise Refused(f"{kind} mixes its guidance pair in a way that is not linear")
-    return (True, scale) if scale >= 0.5 else (False, 1 - scale)
-
-
-def _prove(recording: Recording) -> None:
-    """Replay the first recorded call; another answer means that the structure was misread."""
-    call = recording.calls[0]
-    state, time = call.arguments[recording.state], call.arguments[recording.clock]
-    clock = torch.as_tensor(time).flatten().to(state.device).expand(state.shape[0])
-    cond = _pack({name: call.arguments[name] for name in recording.conditions})
+def _prove(recording: Recording, calls: Sequence[Call]) -> None:
+    """Replay the first recorded calls; another answer means that the structure was misread."""
     modes = [(module, module.training) for module in recording.network.modules()]
     net = recording.replay()
+    pair = recording.guidance is not None and recording.passes == 2
+    conditions = [recording.cond, recording.negative] if pair else [None]
+    if pair and not recording.mix.first:
+        conditions = conditions[::-1]
     try:
-        with torch.no_grad():
-            again = net(state, clock, cond)
+        for call, cond in zip(calls, conditions, strict=True):
+            state = recording.form.take(call.arguments[recording.state])
+            if not pair:
+                named = recording.layouts.read(call.arguments, len(state))
+                if recording.form.rest is not None:
+                    held = State(recording.state, recording.form, len(state), ())
+                    value = call.arguments[recording.state]
+                    named[recording.state + REST] = rest_of(value, held, recording.steps[0].sample)
+                cond = pack(named)
+            state = cut(state, recording.steps[0].sample)
+            time = torch.full((len(state),), recording.steps[0].clock, device=state.device)
+            with torch.no_grad():
+                again = net(state, time, cond)
+            given = cut(recording.form.take(call.output), state).to(again) * recording.mix.sign
+            if (again - given).abs().max() > 1e-3 * max(1.0, float(given.abs().max())):
+                raise Refused(
+                    f"{recording.kind}: a replayed call gave another answer, so its network cannot be taken out"
+                )
+    except Refused:
+        raise
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0][:200]
-        raise Refused(f"{recording.kind}: a replayed call failed: {type(error).__name__}: {reason}") from None
+        raise Refused(f"{recording.kind}: a replayed call failed: {line_of(error)}") from None
     finally:
         for module, mode in modes:
             module.training = mode
-    given = call.output[:, : recording.channels]
-    if (again - given).abs().max() > 1e-3 * max(1.0, float(given.abs().max())):
-        raise Refused(f"{recording.kind}: a replayed call gave another answer, so its network cannot be taken out")
 
 
-# -- small helpers ----------------------------------------------------------------------------------
-
-
-def first_tensor(output: Any) -> Tensor:
-    """The first tensor of a network's answer, whatever holds it."""
-    if isinstance(output, Tensor):
-        return output
-    items = list(output.values()) if isinstance(output, dict) else output
-    if isinstance(items, (tuple, list)):
-        for item in items:
-            if isinstance(item, Tensor):
-                return item
-    raise Refused(f"a network answered {type(output).__name__}, which holds no tensor")
-
-
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        if isinstance(item, dict) and item:
-            flat.update(_flat(item, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = item
-    return flat
-
-
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for key, item in flat.items():
-        *way, last = key.split(".")
-        place = nested
-        for name in way:
-            place = place.setdefault(name, {})
-        place[last] = item
-    return nested
-
-
-def _kept(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.shape == other.shape and torch.equal(one, other)
-    return type(one) is type(other) and not isinstance(one, Tensor) and bool(one == other or one is other)
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
-
-
-def _pack(named: dict[str, Tensor]) -> Cond:
-    if not named:
-        return None
-    return next(iter(named.values())) if len(named) == 1 else named
-
-
-def _map(cond: Cond, change: Any) -> Cond:
-    if cond is None:
-        return None
-    if isinstance(cond, dict):
-        return {name: change(value) for name, value in cond.items()}
-    result: Tensor = change(cond)
-    return result
+__all__ = ["Call", "Recorded", "Recording", "Step", "embed", "record"]

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import copy
-import importlib.metadata
-import importlib.util
 import inspect
 import json
-import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,55 +13,49 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import __version__
 from ..adapters import adapters, fold
 from ..cond import Cond
 from ..denoiser import Denoiser, Wrapped
-from ..errors import Failed, MissingExtra, Refused
-from ..part import Part
+from ..errors import Failed, Refused
 from ..student import Student
 from .card import card
+from .checking import (
+    COUNT,
+    GOLDEN,
+    Check,
+    check_student,
+    drawn_golden,
+    errors_of,
+    load_golden,
+    need_diffusers,
+    read_golden,
+    run_golden,
+    write_golden,
+)
 from .contract import Contract, Guidance, Origin, Preconditioning, Steps
-from .files import check_finite, components, read_tensors, scan, sha256, weight_files, written_whole
+from .files import check_finite, sha256, weight_files, written_whole
 from .image import MARKER, png, tile
 from .lora import FILES, FOLDER, Lora, lora_of, write_lora
 from .plain import Plain, Setting, inner_network, plan, wrapped
-from .recorder import Recorded
-from .teacher import PART_WEIGHTS, Teacher, autoencoder, described, load_pipeline, offline, own_network
+from .recorded import Recorded
+from .teacher import PART_WEIGHTS, Teacher, autoencoder, described, load_pipeline, own_network
+from .writing import (
+    PROGRAM,
+    ours,
+    stamp,
+    stock_pipeline,
+    write_own,
+    write_program,
+    write_served,
+    write_stock,
+    write_unet,
+)
 
-GOLDEN = "golden.safetensors"
-PROGRAM = "model.pt2"
-TOLERANCE = 1e-4  # of the largest value, or of 1: between two implementations in float32
 DRIFT = 1e-3  # a loaded golden sample further off than this earns a warning
-COUNT = 4
-# what UNet2DModel assumes where it is told nothing: written out, so that a later release assumes the same
-UNET_DEFAULTS: dict[str, Any] = {
-    "center_input_sample": False,
-    "time_embedding_type": "positional",
-    "freq_shift": 0,
-    "flip_sin_to_cos": True,
-    "mid_block_scale_factor": 1,
-    "downsample_padding": 1,
-    "downsample_type": "conv",
-    "upsample_type": "conv",
-    "act_fn": "silu",
-    "norm_eps": 1e-5,
-    "class_embed_type": None,
-}
 PIXELS = ("ConsistencyModelPipeline", "DDIMPipeline", "DDPMPipeline")
-SCRIPT = File(__file__).with_name("golden.py")
-
-
-@dataclass(frozen=True)
-class Check:
-    """The outcome of a golden run: the largest error over the step counts that were run."""
-
-    ok: bool
-    max_error: float
-    steps: tuple[int, ...]
-    messages: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -130,7 +119,7 @@ def save_student(
     net = wrapped(shipped).net
     if isinstance(net, Recorded) and (teacher is None or teacher.pipeline is None):
         raise Refused("this student's network came out of a pipeline: pass the teacher it was recorded from")
-    known = getattr(getattr(net, "config", None), "classes", None) if _ours(net) else None
+    known = getattr(getattr(net, "config", None), "classes", None) if ours(net) else None
     if classes is None:
         classes = teacher.classes if teacher is not None and teacher.classes is not None else known
     if null_label is None:
@@ -188,7 +177,7 @@ def save_teacher(
     """
     shipped = _prepared(Student(denoiser, shape))
     net = wrapped(shipped).net
-    if not _ours(net):
+    if not ours(net):
         raise Refused("save_teacher writes networks of fewstep.nets; a pipeline is a teacher folder already")
     known = getattr(net.config, "classes", None)
     classes = known if classes is None else classes
@@ -224,21 +213,6 @@ def _prepared(student: Student) -> Student:
     return twin
 
 
-def _config(net: nn.Module) -> Any:
-    return net.config
-
-
-def _need_diffusers() -> None:
-    """Say what is missing before any work, without the seconds that an import takes."""
-    if importlib.util.find_spec("diffusers") is None:
-        raise MissingExtra("diffusers", "diffusers")
-
-
-def _ours(net: nn.Module) -> bool:
-    config = getattr(net, "config", None)
-    return isinstance(config, Part) and hasattr(config, "kind")
-
-
 def _write(
     student: Student,
     folder: File,
@@ -255,22 +229,35 @@ def _write(
 ) -> Check:
     plain, reason = _planned(student, facts["classes"], teacher, fold)
     if plain is not None:
-        _need_diffusers()
+        need_diffusers()
         student = plain.student
     one = wrapped(student)
     net = inner_network(one.net)
     labels = _labels(facts["classes"])
+    recorded = teacher is not None and teacher.recording is not None and not ours(net)
     with written_whole(folder, overwrite) as partial:
         exported: str | None = None
-        if plain is not None:
-            _write_pipeline(partial, net, plain, teacher)
-        else:
-            _write_own(partial, net)
-            exported = _export(partial, student, labels) if program and 1 in student.steps else "not exported"
         calls: dict[int, dict[str, Any] | None] = {} if plain is None else plain.calls
-        golden = _golden(student, labels, seed)
-        runs = dict(calls) if plain is not None else ({1: None} if exported == PROGRAM else {})
-        _write_golden(partial, golden, labels, seed, runs, plain.pipeline if plain else None)
+        runs: dict[int, dict[str, Any] | None] = dict(calls)
+        if plain is not None and recorded:
+            assert teacher is not None and teacher.recording is not None
+            pipe = stock_pipeline(net, plain, teacher)
+            write_stock(partial, pipe, teacher)
+            if teacher.recording.labels or teacher.recording.cond is None:
+                golden = drawn_golden(student, labels, seed)
+            else:
+                call = next(call for call in calls.values() if call is not None)
+                golden = run_golden(student, pipe, teacher.recording, call, seed)
+        else:
+            if plain is not None:
+                write_unet(partial, net, plain)
+            else:
+                write_own(partial, net)
+                exported = write_program(partial, student, labels) if program and 1 in student.steps else "not exported"
+                runs = {1: None} if exported == PROGRAM else {}
+            golden = drawn_golden(student, labels, seed)
+        write_golden(partial, golden, runs, plain.pipeline if plain else None)
+        config: Any = net.config
         contract = Contract(
             fewstep=__version__,
             role=role,
@@ -283,22 +270,25 @@ def _write(
             start_scale=student.start_scale,
             shape=student.shape,
             pipeline=plain.pipeline if plain else None,
-            network=_config(net).model_dump(mode="json") if _ours(net) else None,
+            prompts=bool(golden.prompts),
+            network=config.model_dump(mode="json") if ours(net) else None,
             program=exported,
             **facts,
         )
         contract = Contract.parse(json.loads(json.dumps(contract.model_dump(mode="json"))))
         contract.save(partial)
-        _stamp(partial, contract)
+        stamp(partial, contract)
         for names, file in FILES.items() if lora else ():
             write_lora(lora or {}, partial / FOLDER / file, names, contract)
+        if plain is not None and role == "student":
+            write_served(partial, plain.pipeline, contract.steps)
         notes = list(plain.notes) if plain else [f"plain diffusers cannot run it: {reason}"]
         text = card(contract, table=table, notes=notes, pictures=pictures is not None)
         (partial / "README.md").write_text(text, encoding="utf-8")
         if pictures is not None:
             label = {"model": contract.name or contract.method, "seed": str(seed), "DigitalSourceType": MARKER}
             (partial / "samples.png").write_bytes(png(tile(pictures), {"Software": "fewstep", **label}))
-        check = _checked(partial, run_program=True)
+        check = check_student(partial, run_program=True)
         if not check.ok:
             raise Failed("the written folder does not give the same samples: " + "; ".join(check.messages))
     return Check(check.ok, check.max_error, check.steps, (*check.messages, *notes))
@@ -310,9 +300,9 @@ def _planned(student: Student, classes: int | None, teacher: Teacher | None, fol
     net = inner_network(one.net)
     recorded = isinstance(one.net, Recorded)
     if not recorded:
-        if not _ours(net):
+        if not ours(net):
             raise Refused(f"{type(net).__name__} is neither a network of fewstep.nets nor recorded from a pipeline")
-        config = _config(net)
+        config: Any = net.config
         if not hasattr(config, "to_diffusers"):
             return None, f"{type(net).__name__} is no diffusers model"
         try:
@@ -332,7 +322,8 @@ def _planned(student: Student, classes: int | None, teacher: Teacher | None, fol
             labels=classes is not None,
             pipeline=stock,
             scheduler=dict(teacher.pipeline.scheduler.config) if same else {},
-            guided="guidance_scale" in inspect.signature(type(teacher.pipeline).__call__).parameters,
+            accepts=frozenset(inspect.signature(type(teacher.pipeline).__call__).parameters),
+            always=teacher.recording.always(teacher.pipeline),
         )
     try:
         found = plan(student, setting)
@@ -357,261 +348,6 @@ def _step(student: Student, count: int, call: dict[str, Any] | None) -> Steps:
     return Steps(count=count, times=times, sigmas=sigmas, policy=student.policy if count > 1 else "ode", call=call)
 
 
-# -- the golden sample ------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def _golden(student: Student, labels: Tensor | None, seed: int) -> dict[str, Tensor]:
-    """The same draws as a stock pipeline makes from a CPU generator with this seed."""
-    outputs: dict[str, Tensor] = {}
-    for count in sorted(student.steps):
-        rng = torch.Generator().manual_seed(seed)
-        noise = torch.randn((COUNT, *student.shape), generator=rng)
-        outputs["noise"] = noise
-        outputs[f"output_{count}"] = student.generate(noise, labels, rng, count).contiguous()
-    for name, value in outputs.items():
-        if not torch.isfinite(value).all():
-            raise Refused(f"this student's golden sample ({name}) holds a NaN or an infinity")
-    return outputs
-
-
-def _write_golden(
-    folder: File,
-    golden: dict[str, Tensor],
-    labels: Tensor | None,
-    seed: int,
-    calls: Mapping[int, dict[str, Any] | None],
-    pipeline: str | None,
-) -> None:
-    from safetensors.torch import save_file
-
-    facts = {"seed": seed, "calls": {str(n): c for n, c in sorted(calls.items())}, "pipeline": pipeline}
-    tensors = golden if labels is None else {**golden, "labels": labels}
-    save_file(tensors, str(folder / GOLDEN), metadata={"golden": json.dumps(facts)})
-
-
-def read_golden(folder: File) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The golden tensors and facts of a folder; Refused where they are malformed."""
-    tensors, metadata = read_tensors(folder / GOLDEN)
-    try:
-        facts = json.loads(metadata["golden"])
-        calls = {int(n): c for n, c in facts["calls"].items()}
-        if not isinstance(facts["seed"], int) or not all(c is None or isinstance(c, dict) for c in calls.values()):
-            raise ValueError
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
-        raise Refused(f"{folder / GOLDEN} has no valid golden facts in its header") from None
-    if "noise" not in tensors or any(f"output_{n}" not in tensors for n in calls):
-        raise Refused(f"{folder / GOLDEN} lacks the noise or an output")
-    return tensors, {**facts, "calls": calls}
-
-
-# -- writing ----------------------------------------------------------------------------------------
-
-
-def _write_pipeline(folder: File, net: nn.Module, plain: Plain, teacher: Teacher | None) -> None:
-    if _ours(net) or teacher is None or teacher.recording is None:
-        _write_unet(folder, net, plain)
-        return
-    offline()
-    import diffusers
-
-    kind, scheduler = getattr(diffusers, plain.pipeline), getattr(diffusers, plain.scheduler)
-    wanted = inspect.signature(scheduler.__init__).parameters
-    parts = dict(teacher.pipeline.components)
-    parts[teacher.recording.part] = net
-    parts["scheduler"] = scheduler(**{k: v for k, v in plain.config.items() if k in wanted})
-    accepted = inspect.signature(kind.__init__).parameters
-    pipe = kind(**{k: v for k, v in parts.items() if k in accepted})
-    pipe.save_pretrained(str(folder), safe_serialization=True)
-    names = getattr(teacher.pipeline, "labels", None)
-    if names and "id2label" in accepted:  # the stock class forgets the names of its labels when it is saved
-        by_id: dict[str, list[str]] = {}
-        for word, number in names.items():
-            by_id.setdefault(str(number), []).append(word)
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        index["id2label"] = {number: ", ".join(words) for number, words in by_id.items()}
-        _write_json(folder / "model_index.json", index)
-
-
-def _write_unet(folder: File, net: nn.Module, plain: Plain) -> None:
-    """A U-Net of ours as a stock pipeline, file by file: diffusers itself is loaded by the fresh process alone."""
-    from safetensors.torch import save_file
-
-    stamp = {"_diffusers_version": importlib.metadata.version("diffusers")}
-    for name in ("unet", "scheduler"):
-        (folder / name).mkdir()
-    index = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", plain.scheduler]}
-    _write_json(folder / "model_index.json", {"_class_name": plain.pipeline, **stamp, **index})
-    unet = {**UNET_DEFAULTS, **_config(net).to_diffusers()}
-    _write_json(folder / "unet" / "config.json", {"_class_name": "UNet2DModel", **stamp, **unet})
-    _write_json(
-        folder / "scheduler" / "scheduler_config.json", {"_class_name": plain.scheduler, **stamp, **plain.config}
-    )
-    save_file({k: v.contiguous() for k, v in net.state_dict().items()}, str(folder / "unet" / PART_WEIGHTS))
-
-
-def _write_json(file: File, value: Any) -> None:
-    file.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _write_own(folder: File, net: nn.Module) -> None:
-    from safetensors.torch import save_file
-
-    (folder / "config.json").write_text(_config(net).model_dump_json(indent=2) + "\n", encoding="utf-8")
-    save_file({k: v.contiguous() for k, v in net.state_dict().items()}, str(folder / "model.safetensors"))
-
-
-def _stamp(folder: File, contract: Contract) -> None:
-    """Mirror what other tools look for in the header of the network's weights, where they are one file."""
-    from safetensors.torch import save_file
-
-    files = weight_files(folder) or weight_files(folder / "unet") or weight_files(folder / "transformer")
-    if len(files) != 1:
-        return
-    tensors, metadata = read_tensors(files[0])
-    known = {
-        "format": "pt",
-        "fewstep.steps": ",".join(str(s.count) for s in contract.steps),
-        "fewstep.guidance": f"{contract.guidance.baked:g}",
-        "fewstep.sampler": contract.pipeline or "own",
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.title": contract.name or contract.method,
-        "modelspec.license": contract.licence,
-    }
-    save_file(tensors, str(files[0]), metadata={**metadata, **known})
-
-
-class _OneStep(nn.Module):
-    """Noise in, sample out: what the exported program is."""
-
-    def __init__(self, student: Student) -> None:
-        super().__init__()
-        self.student = student
-
-    def forward(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        return self.student.generate(noise, labels)
-
-
-def _export(folder: File, student: Student, labels: Tensor | None) -> str:
-    """Write the one-step program with a free batch; the name of the file, or why there is none."""
-    from torch.export import Dim, export, save
-
-    batch = Dim("batch")
-    noise = torch.zeros((3, *student.shape))
-    arguments = (noise,) if labels is None else (noise, labels[:3])
-    shapes = {"noise": {0: batch}, "labels": None if labels is None else {0: batch}}
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            program = export(
-                _OneStep(student), arguments, dynamic_shapes=shapes if labels is not None else ({0: batch},)
-            )
-            save(program, str(folder / PROGRAM))
-    except Exception as error:  # what cannot be traced is still a student
-        (folder / PROGRAM).unlink(missing_ok=True)
-        return f"not exported: {type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
-    return PROGRAM
-
-
-# -- checking ---------------------------------------------------------------------------------------
-
-
-def check_student(folder: File | str, *, run_program: bool = False, timeout: float = 900) -> Check:
-    """Run a model folder's golden sample in a fresh process that never imports this package.
-
-    Folders of networks that no stock pipeline runs are compared in this process, from their safetensors, and so are
-    stock ones of a network that the contract describes where diffusers is not installed; an
-    exported program can hold code, so it runs only with ``run_program``, for folders that you made yourself.
-    Refused where the folder or its contract is malformed; a sample that differs is a Check that is not ok.
-    """
-    return _checked(File(folder), run_program, timeout)
-
-
-def _checked(folder: File, run_program: bool = False, timeout: float = 900) -> Check:
-    contract = Contract.load(folder)
-    if contract.pipeline is not None:
-        kind, _ = components(folder)
-        if kind != contract.pipeline:
-            raise Refused(f"{folder}: model_index.json says {kind}, fewstep.json says {contract.pipeline}")
-        stock = importlib.util.find_spec("diffusers") is not None
-        if not stock and contract.network is None:
-            _need_diffusers()
-    else:
-        scan(folder)
-        stock = False
-    golden, facts = read_golden(folder)
-    if facts["pipeline"] != contract.pipeline:
-        raise Refused(f"{folder}: the golden sample is of {facts['pipeline']}, the contract of {contract.pipeline}")
-    for one in contract.steps:
-        if contract.pipeline is not None and facts["calls"].get(one.count, one.call) != one.call:
-            raise Refused(f"{folder}: golden sample and contract disagree about the call for {one.count} steps")
-    errors: dict[int, float] = {}
-    messages: list[str] = []
-    if not stock:
-        net, _ = own_network(folder, contract)
-        labels = golden.get("labels")
-        student = contract.student(net) if contract.role == "student" else _one_step(contract, net)
-        errors |= _errors(student, golden, labels, int(facts["seed"]))
-        if contract.pipeline is not None:
-            messages.append("diffusers is not installed: the network was run by fewstep, not by the stock pipeline")
-        elif facts["calls"] and not run_program:
-            messages.append("the exported program was not run: it can hold code, ask for it for folders of your own")
-    if stock or (contract.pipeline is None and facts["calls"] and run_program):
-        found, message = _fresh_process(folder, timeout)
-        if message:
-            return Check(False, float("inf"), (), (message,))
-        for count, error in found.items():
-            errors[count] = max(errors.get(count, 0.0), error)
-    if not errors:
-        return Check(False, float("inf"), (), ("no step count of this folder could be run",))
-    worst = max(errors.values())
-    for count, error in errors.items():
-        if not error <= TOLERANCE:
-            messages.insert(0, f"{count} step(s) differ from the golden sample by {error:.2e}, allowed {TOLERANCE:g}")
-    return Check(all(e <= TOLERANCE for e in errors.values()), worst, tuple(sorted(errors)), tuple(messages))
-
-
-def _one_step(contract: Contract, net: nn.Module) -> Student:
-    return Student(contract.denoiser(net), contract.shape, start=contract.start, start_scale=contract.start_scale)
-
-
-def _fresh_process(folder: File, timeout: float) -> tuple[dict[int, float], str]:
-    """(errors by step count, "") or ({}, what went wrong)."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
-    try:
-        done = subprocess.run(
-            [sys.executable, "-P", str(SCRIPT), str(folder)],
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            env=environment,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return {}, f"the fresh process took more than {timeout:g} s"
-    if done.returncode != 0:
-        lines = [line for line in done.stderr.strip().splitlines() if line.strip()] or ["no message"]
-        return {}, f"the fresh process failed: {lines[-1].strip()[:300]}"
-    errors = json.loads(done.stdout.strip().splitlines()[-1])["errors"]
-    return {int(n): float(e) for n, e in errors.items()}, ""
-
-
-@torch.no_grad()
-def _errors(student: Student, golden: dict[str, Tensor], labels: Tensor | None, seed: int) -> dict[int, float]:
-    errors = {}
-    for count in student.steps:
-        wanted = golden.get(f"output_{count}")
-        if wanted is None:
-            continue
-        rng = torch.Generator().manual_seed(seed)
-        noise = torch.randn(golden["noise"].shape, generator=rng)
-        got = student.generate(noise, labels, rng, count)
-        if got.shape != wanted.shape:
-            raise Refused(f"the golden sample has shape {list(wanted.shape)}, the model gives {list(got.shape)}")
-        errors[count] = float((got - wanted).abs().max()) / max(1.0, float(wanted.abs().max()))
-    return errors
-
-
 # -- loading ----------------------------------------------------------------------------------------
 
 
@@ -632,13 +368,14 @@ def load_student(folder: File | str) -> LoadedStudent:
         net, _ = own_network(place, contract)
         student = contract.student(net)
     else:
-        pipe, recording, _ = load_pipeline(place)
+        call = next((one.call for one in contract.steps if one.call is not None), None) or {}
+        steps = ("num_inference_steps", "sigmas", "timesteps")
+        pipe, recording, _ = load_pipeline(place, {k: v for k, v in call.items() if k not in steps})
         denoiser, _, _ = described(recording, contract)
         student = contract.student(denoiser.net)
         _, decode = autoencoder(pipe, recording)
     student = student.eval().requires_grad_(False)
-    golden, facts = read_golden(place)
-    errors = _errors(student, golden, golden.get("labels"), int(facts["seed"]))
+    errors = errors_of(student, load_golden(place))
     worst = max(errors.values(), default=0.0)
     if not worst <= DRIFT:
         warnings.warn(
@@ -663,12 +400,14 @@ def weights_sha256(folder: File | str) -> str:
 
 
 __all__ = [
+    "GOLDEN",
     "PART_WEIGHTS",
     "Check",
     "LoadedStudent",
     "Wrapped",
     "check_student",
     "load_student",
+    "read_golden",
     "save_student",
     "save_teacher",
     "weights_sha256",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path as File
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..cond import Cond
@@ -16,8 +17,9 @@ from ..denoiser import Denoiser, Wrapped
 from ..errors import Refused, need
 from .contract import CONTRACT, Contract, null_labels, read_json
 from .files import check_finite, components, licence_of, load_weights, scan, sha256, weight_files
+from .latents import back, through
 from .lora import Lora, components_of, fold_into, with_lora
-from .recorder import Recording, record
+from .recorder import Recording, embed, record
 from .schedules import Schedule
 
 ASSETS = File(__file__).resolve().parent.parent / "assets"
@@ -72,10 +74,23 @@ class Teacher:
         if self.negative is None:
             raise Refused(f"teacher {self.name} knows no 'no condition', so it cannot be guided: use guidance 1")
         if isinstance(cond, dict) and isinstance(self.negative, dict):
-            return {k: _rows(self.negative[k], v) for k, v in cond.items()}
+            wide = self.negative if self.recording is None else self.recording.layouts.widen(self.negative, cond)
+            if isinstance(wide, dict):
+                return {k: _rows(wide[k], v) for k, v in cond.items()}
         if isinstance(cond, Tensor) and isinstance(self.negative, Tensor):
             return _rows(self.negative, cond)
         raise Refused(f"teacher {self.name}: the condition is of another kind than the recorded one")
+
+    def embed(self, prompts: Sequence[str], negative: str | None = None, width: int | None = None) -> Cond:
+        """The network's conditions for prompts, one row each, as the pipeline itself makes them.
+
+        With ``negative`` those of that negative prompt, which stand beside these prompts in guidance. Rows of texts
+        that differ in length are padded to the longest here, or to ``width`` tokens. Refused where the teacher
+        takes no prompts.
+        """
+        if self.recording is None:
+            raise Refused(f"teacher {self.name} is no pipeline, so it takes no prompts")
+        return embed(self.pipeline, self.recording, prompts, negative, width)
 
 
 def _rows(negative: Tensor, like: Tensor) -> Tensor:
@@ -236,22 +251,21 @@ def load_pipeline(
     if not (isinstance(wanted, type) and issubclass(wanted, DiffusionPipeline)):
         raise Refused(f"{folder}: {kind!r} is no pipeline of diffusers {diffusers.__version__}")
     loaded: dict[str, Any] = {}
-    for name, (library, one) in parts.items():
-        if library != "diffusers" or one is None:
-            continue
-        found = getattr(diffusers, one, None)
-        if found is None:
-            raise Refused(f"{folder}: part {name!r} is a {one}, which diffusers {diffusers.__version__} does not have")
-        if isinstance(found, type) and issubclass(found, ModelMixin):
-            loaded[name] = _load_part(found, folder / name)
-    from diffusers.utils import logging
-
-    logging.disable_progress_bar()
-    try:
-        stock: Any = wanted
-        pipe = stock.from_pretrained(str(folder), local_files_only=True, use_safetensors=True, **loaded)
-    except Exception as error:  # whatever a strange folder provokes
-        raise Refused(f"{folder} does not load as {kind}: {_line(error)}") from None
+    with _quiet():
+        for name, (library, one) in parts.items():
+            if library != "diffusers" or one is None:
+                continue
+            found = getattr(diffusers, one, None)
+            if found is None:
+                version = diffusers.__version__
+                raise Refused(f"{folder}: part {name!r} is a {one}, which diffusers {version} does not have")
+            if isinstance(found, type) and issubclass(found, ModelMixin):
+                loaded[name] = _load_part(found, folder / name)
+        try:
+            stock: Any = wanted
+            pipe = stock.from_pretrained(str(folder), local_files_only=True, use_safetensors=True, **loaded)
+        except Exception as error:  # whatever a strange folder provokes
+            raise Refused(f"{folder} does not load as {kind}: {_line(error)}") from None
     pipe.set_progress_bar_config(disable=True)
     if dress is not None:
         dress(pipe)
@@ -260,6 +274,27 @@ def load_pipeline(
     except (RuntimeError, TypeError, ArithmeticError, LookupError) as error:  # what a strange configuration provokes
         raise Refused(f"{folder} loads as {kind}, but does not run: {_line(error)}") from None
     return pipe, recording, recording.part
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars of other libraries while a folder is read."""
+    from diffusers.utils import logging as diffusers_logging
+
+    tools = [diffusers_logging]
+    if importlib.util.find_spec("transformers") is not None:
+        from transformers.utils import logging as transformers_logging
+
+        tools.append(transformers_logging)
+    were = [tool.is_progress_bar_enabled() if hasattr(tool, "is_progress_bar_enabled") else True for tool in tools]
+    for tool in tools:
+        tool.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for tool, was in zip(tools, were, strict=True):
+            if was:
+                tool.enable_progress_bar()
 
 
 def _load_part(kind: Any, folder: File) -> nn.Module:
@@ -313,29 +348,22 @@ def described(recording: Recording, contract: Contract | None) -> tuple[Wrapped,
 
 def autoencoder(pipe: Any, recording: Recording) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     """(encode, decode) between data and what the network sees: the identity without an autoencoder."""
-    vae = getattr(pipe, "vae", None)
-    if vae is None:
+    if getattr(pipe, "vae", None) is None and recording.decoder is None:
         return _same, _same
-    scale = float(getattr(vae.config, "scaling_factor", 1.0) or 1.0)
-    shift = float(getattr(vae.config, "shift_factor", 0.0) or 0.0)
-    latent = getattr(vae.config, "latent_channels", None)
-    if latent is not None and latent != recording.shape[0]:
+    codec = recording.codec
+    vae = getattr(pipe, recording.decoder or "vae")
+    if codec is None:
+        reason = next(iter(recording.notes), "its run never reached the autoencoder")
 
         def refuse(x: Tensor) -> Tensor:
-            raise Refused(f"{recording.kind} packs its latents in a way that is not read: {list(recording.shape)}")
+            raise Refused(f"{recording.kind}: {reason}: samples stay latents")
 
         return refuse, refuse
 
-    @torch.no_grad()
     def encode(data: Tensor) -> Tensor:
-        held = vae.encode(data.to(vae.dtype))
-        found = held.latent_dist.mode() if hasattr(held, "latent_dist") else held.latents
-        result: Tensor = (found - shift) * scale
-        return result.to(data.dtype)
+        return through(vae, codec, data)
 
-    @torch.no_grad()
     def decode(latents: Tensor) -> Tensor:
-        result: Tensor = vae.decode(latents.to(vae.dtype) / scale + shift).sample
-        return result.to(latents.dtype)
+        return back(vae, codec, latents)
 
     return encode, decode

@@ -15,6 +15,7 @@ from ..tasks import task_named
 from ..tasks.base import Picked, Task
 from ..tasks.encoded import Encoded
 from ..tasks.images import Images
+from ..tasks.prompts import Prompts
 from ..tasks.shards import Shards, cache_folder, encoder_hash
 from ..train.build import method_class, method_options, straightened
 from ..train.processes import alone
@@ -50,8 +51,10 @@ def prepare(recipe: Recipe, run: File, device: str, watch: Watch, resume: bool =
             if side[0] in (1, 3):
                 options.setdefault("channels", side[0])
     task = task_named(recipe.task.name, options)
-    if isinstance(task, Images) and task.train.captions is not None and getattr(teacher, "embed", None) is not None:
+    if isinstance(task, Images) and task.train.captions is not None and _readers(teacher):
         _read_captions(task, teacher, watch)
+    if isinstance(task, Prompts):
+        task = _asked(task, teacher, recipe, watch)
     raw: Denoiser | None = None
     if section is not None and section.source == "law":
         if task.law is None:
@@ -83,11 +86,16 @@ def prepare(recipe: Recipe, run: File, device: str, watch: Watch, resume: bool =
     return Setting(task, teacher, denoiser, raw, task.shape)
 
 
+def _readers(teacher: Any) -> list[Any]:
+    """What a pipeline reads text with; nothing for a teacher that takes none."""
+    parts = {} if teacher is None or teacher.pipeline is None else teacher.pipeline.components
+    text = ("text_encoder", "tokenizer")
+    return [part for name, part in sorted(parts.items()) if name.startswith(text) and part is not None]
+
+
 def _read_captions(task: Images, teacher: Any, watch: Watch) -> None:
     """Captions, through the teacher's text encoders, are the condition; each is read once."""
-    parts = sorted(teacher.pipeline.components.items())
-    readers = [part for name, part in parts if name.startswith(("text_encoder", "tokenizer")) and part is not None]
-    task.use_captions(teacher.embed, encoder_hash(teacher.kind, *readers), cache_folder())
+    task.use_captions(teacher.embed, encoder_hash(teacher.kind, *_readers(teacher)), cache_folder())
     for split in (task.train, task.test):
         if isinstance(split.held_cond, Picked) and isinstance(split.held_cond.source, Shards):
             _fill("captions", split.held_cond.source, watch)
@@ -97,6 +105,34 @@ def _fill(label: str, shards: Shards, watch: Watch) -> None:
     watch.start(label, len(shards))
     shards.fill(lambda done: watch.advance(label, done))
     watch.finish(label)
+
+
+def _asked(task: Prompts, teacher: Any, recipe: Recipe, watch: Watch) -> Prompts:
+    """Prompts with the teacher's conditions; Refused where the teacher takes none, or a method needs data."""
+    if teacher is None or teacher.recording is None:
+        raise Refused("prompts need a teacher that is a pipeline with a text encoder: name its folder")
+    watch.start("prompts", len(task.prompts))
+    task = task.asked(teacher.embed, teacher.shape, teacher.decode)
+    watch.finish("prompts")
+    for index in range(len(recipe.stages) + 1):
+        part = recipe.stage(index)
+        cls = method_class(part.method.name)
+        options = method_options(part.method, part, task)
+        if cls.reads_data(options):
+            raise Refused(
+                f"method {part.method.name!r} learns from data under these options, and prompts are none: "
+                "take dmd2 without gan or regression, or give --data"
+            )
+        guides = options.guidance if cls.guides else recipe.teacher.guidance if recipe.teacher else 1.0
+        if teacher.guidance is not None and guides == 1 and teacher.guidance != 1:
+            where = "method.options.guidance" if cls.guides else "teacher.guidance"
+            watch.say(
+                f"{teacher.kind} guides by {teacher.guidance:.3g} when it is used, this recipe does not: "
+                f"{where}={teacher.guidance:.3g} would"
+            )
+    for note in teacher.recording.notes:
+        watch.say(note)
+    return task
 
 
 def _teacher(section: TeacherSection, recipe: Recipe, run: File, device: str, watch: Watch, resume: bool) -> Any:
@@ -117,7 +153,7 @@ def _teacher(section: TeacherSection, recipe: Recipe, run: File, device: str, wa
         return load_teacher(place / "teacher", lora=lora, strength=strength)
     folder = File(source)
     inside = folder / "teacher" if (folder / "teacher" / "fewstep.json").is_file() else source
-    return load_teacher(inside, lora=lora, strength=strength)
+    return load_teacher(inside, call=section.call or None, lora=lora, strength=strength)
 
 
 def _ends(source: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import platform
 import shlex
@@ -271,6 +272,8 @@ def _evaluated(
     from ..metrics.features import features_for
 
     task = setting.task
+    if not task.has_data:
+        return _without_reference(recipe, run, setting, student, facts, watch)
     pixels = task.pixels if isinstance(task, Encoded) else task
     features = after_first(lambda: features_for(pixels, run / "cache"))
     if not recipe.evaluate.fresh and recipe.teacher is not None:
@@ -285,6 +288,25 @@ def _evaluated(
     if world().first:
         report.save(run)
         write_text(run / "training.json", json.dumps(facts, indent=1))
+    return report
+
+
+def _without_reference(
+    recipe: Recipe, run: File, setting: Setting, student: Student, facts: Mapping[str, Any], watch: Watch
+) -> Any:
+    """The report of a task that has conditions and no data: the student beside its teacher alone."""
+    if importlib.util.find_spec("fewstep.evaluate.noref") is None:
+        watch.say("not evaluated: this version measures against data, and prompts are none")
+        return None
+    from ..evaluate import Protocol
+    from ..evaluate.noref import evaluate_without_reference
+
+    report = evaluate_without_reference(
+        student, setting.denoiser, setting.task, Protocol(**recipe.evaluate.protocol), watch=watch, seed=recipe.seed,
+        cache=run / "cache",
+    )  # fmt: skip
+    report.save(run)
+    write_text(run / "training.json", json.dumps(facts, indent=1))
     return report
 
 
@@ -321,10 +343,13 @@ def _save(
         )  # fmt: skip
         return folder
     folder = run / "student"
+    baked = recipe.teacher.guidance if recipe.teacher else 1.0
+    if method_class(recipe.method.name).guides:
+        baked = float(recipe.method.options.get("guidance", 1.0))
     check = save_student(
         student, folder, method=recipe.method.name, teacher=setting.teacher, name=name, task=recipe.task.name,
         classes=task.classes, value_range=task.value_range, training=training, table=rows, pictures=pictures,
-        guidance=recipe.teacher.guidance if recipe.teacher else 1.0, licence=recipe.licence or None,
+        guidance=baked, licence=recipe.licence or None,
         recipe_sha256=recipe.sha256, seed=recipe.seed, overwrite=True,
     )  # fmt: skip
     for line in check.messages:
@@ -336,11 +361,13 @@ def _save(
 def _sheet(student: Student, task: Task, seed: int) -> Any:
     """Sixty-four pictures for the card, one class a column where there are classes."""
     count = 64 if task.classes is None else 8 * min(task.classes, 10)
+    if not task.has_data:
+        count = min(8, len(task.train))
     cond = task.train.rows(torch.zeros(1, dtype=torch.long)).cond
     if task.classes is not None:
         cond = torch.arange(count) % min(task.classes, 10)
     elif cond is not None:
-        cond = task.train.rows(torch.arange(min(count, len(task.train)))).cond
+        cond = task.train.rows(torch.arange(count) % len(task.train)).cond
     device = next(student.parameters()).device
     noise = Rng(seed, "sheet").normal((count, *student.shape)).to(device)
     from ..cond import move

@@ -209,6 +209,11 @@ class DMD2(Method):
         return Loss.mean(parts, weights)
 
     @classmethod
+    def reads_data(cls, options: Any) -> bool:
+        """Only the adversary sees real samples."""
+        return options.gan is not None
+
+    @classmethod
     def student_options(cls, options: Any, path: Path) -> dict[str, Any]:
         start = path.t_max if options.start is None else options.start
         if options.steps == 1:

@@ -71,6 +71,7 @@ class Task(ABC):
     Attributes
     ----------
     shape: of one sample. ``classes``: how many labels a condition has, None where it is not a label.
+    has_data: whether there are samples to learn from; a task without has conditions alone.
     data_std: one number for the spread of the training data, for preconditioning.
     value_range: the range that samples are held to before they are measured or drawn; None for no limit.
     law: the task's distribution in closed form, where there is one.
@@ -78,6 +79,7 @@ class Task(ABC):
 
     name: ClassVar[str]
     Options: ClassVar[type[Part]] = Part
+    has_data: ClassVar[bool] = True
     shape: tuple[int, ...]
     classes: int | None = None
     data_std: float = 1.0

@@ -20,6 +20,8 @@ ROWS = 64
 class Probe:
     """What a glance at samples says, each as a ratio to real data: 1 is like the data.
 
+    A task without data is compared with the first look.
+
     ``diversity``: mean distance between two samples. ``spread``: standard deviation over everything.
     ``saturation``: share of values beyond the value range, not a ratio. ``grid``: energy at the finest
     frequency, where upsampling artefacts live.
@@ -56,7 +58,7 @@ class Prober:
         self.cond: Cond = real.cond
         self.noise = torch.randn(count, *task.shape, generator=generator)
         self.task = task
-        self.facts = self._facts(real.data)
+        self.facts = self._facts(real.data) if task.has_data else None
 
     def __call__(self, student: Student) -> tuple[Probe, Tensor]:
         """The probe and the samples."""
@@ -73,6 +75,8 @@ class Prober:
                 samples = student.generate(noise, cond).float().cpu()
         student.train(training)
         here = self._facts(samples)
+        if self.facts is None:
+            self.facts = here
         ratios = [a / max(b, 1e-12) for a, b in zip(here, self.facts, strict=True)]
         low, high = self.task.value_range or (-float("inf"), float("inf"))
         margin = 0.05 * (high - low) if self.task.value_range else 0.0

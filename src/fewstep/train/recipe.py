@@ -39,6 +39,9 @@ class TeacherSection(Part):
     guidance: float = Field(1.0, ge=0, allow_inf_nan=False, description="guidance baked into pairs and trajectories")
     lora: str | None = Field(None, description="a LoRA file (.safetensors) that is folded into the teacher")
     lora_strength: float = Field(1.0, allow_inf_nan=False, description="how much of that LoRA; 1: as its file says")
+    call: dict[str, Any] = Field(
+        default_factory=dict, description="arguments of a pipeline: height, width, num_frames, negative_prompt, ..."
+    )
 
 
 class StudentSection(Part):
