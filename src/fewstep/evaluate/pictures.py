@@ -13,7 +13,7 @@ from .rows import Row, Sheet, best_teacher
 from .sampling import Candidate
 
 if TYPE_CHECKING:
-    from .measure import Stage
+    from .measure import Evaluation
 
 TILE = 40
 """Least side of a picture in a grid, in pixels; smaller ones are enlarged by a whole factor."""
@@ -21,7 +21,7 @@ PLOT = 480
 
 
 def sheets(
-    stage: Stage, candidates: list[Candidate], rows: tuple[Row, ...], hashes: dict[str, str]
+    stage: Evaluation, candidates: list[Candidate], rows: tuple[Row, ...], hashes: dict[str, str]
 ) -> tuple[dict[str, bytes], tuple[Sheet, ...]]:
     """PNG files and what they show: students, the teacher at its best few steps, in full and in one call, real data,
     and the nearest training samples."""
@@ -69,12 +69,12 @@ def sheets(
     return pictures, tuple(listed)
 
 
-def columns_of(stage: Stage) -> int:
+def columns_of(stage: Evaluation) -> int:
     classes = stage.task.classes
     return classes if stage.labels is not None and classes and classes <= 10 else 10
 
 
-def draw(stage: Stage, samples: Tensor, columns: int) -> Tensor | None:
+def draw(stage: Evaluation, samples: Tensor, columns: int) -> Tensor | None:
     """A grid of pictures, or of vectors a scatter of their first two coordinates: uint8 [H, W, 1 or 3]."""
     shown = stage.task.pictures(samples)
     if shown is not None:
@@ -123,7 +123,7 @@ def _plane(points: Tensor) -> Tensor:
     return torch.stack([points[:, 0], rank], 1)
 
 
-def neighbours(stage: Stage, students: list[tuple[str, str, Any, int, str]]) -> Tensor | None:
+def neighbours(stage: Evaluation, students: list[tuple[str, str, Any, int, str]]) -> Tensor | None:
     """Ten samples of the first student, and below each its nearest training sample."""
     from ..metrics.distances import nearest
 
