@@ -3,7 +3,7 @@
 from .planning import plan
 from .setting import Setting, game, prepare
 from .training import distill, train
-from .using import check, compare, evaluate, report, sample
+from .using import check, compare, evaluate, evaluate_prompts, report, sample
 from .verifying import scores_of, verify
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "compare",
     "distill",
     "evaluate",
+    "evaluate_prompts",
     "game",
     "plan",
     "prepare",
