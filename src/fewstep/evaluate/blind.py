@@ -173,7 +173,7 @@ def read_votes(file: Path, found: Ballot) -> Votes:
         votes = Votes.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part)[:40] for part in first["loc"])
+        where = " ".join(".".join(str(part)[:40] for part in first["loc"]).split())
         raise Refused(f"{file} is no votes file ({where}: {first['msg'].lower()[:120]})") from None
     if votes.page != found.hash:
         raise Refused(f"{file} belongs to another page: vote on this run's report/ab.html")
