@@ -179,7 +179,11 @@ def evaluate_prompts(
     student: File, against: str | File, prompts: File, out: File, *, scorer: File | None = None,
     features: File | None = None, seed: int = 0, device: str = "cpu", watch: Watch | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure a student beside its teacher on prompts alone; writes ``out`` as a run folder with a report."""
+    """Measure a student beside its teacher on prompts alone; writes ``out`` as a run folder with a report.
+
+    The teacher is guided as the student's contract says that it was when it taught.
+    """
+    from ..denoiser import Guided
     from ..evaluate import evaluate_without_reference, write_report
     from ..interop import load_student, load_teacher
     from ..metrics.folders import ClipScorer, FolderFeatures
@@ -194,9 +198,10 @@ def evaluate_prompts(
     out.mkdir(parents=True, exist_ok=True)
     loaded.student.to(device)
     teacher.denoiser.to(device)
+    scale = loaded.contract.guidance.baked
+    guided = teacher.denoiser if scale == 1 else Guided(teacher.denoiser, scale, teacher.null)
     report = evaluate_without_reference(
-        loaded.student, teacher.denoiser, task, watch=watch or Nobody(), seed=seed, decode=teacher.decode,
-        scorer=scores, features=looks, cache=out / "cache",
+        loaded.student, guided, task, watch=watch or Nobody(), seed=seed, scorer=scores, features=looks, cache=out / "cache",
     )  # fmt: skip
     report.save(out)
     write_report(out)
@@ -212,7 +217,9 @@ def _prompts(file: File, teacher: Any) -> Task:
         module = importlib.import_module("fewstep.tasks.prompts")
     except ModuleNotFoundError:
         raise Refused(f"prompts {file}: this version has no task for prompts; give --reference data") from None
-    task: Task = module.prompts_task(file, teacher)
+    task: Task = module.Prompts(module.PromptsOptions(path=str(file))).asked(
+        teacher.embed, teacher.shape, teacher.decode
+    )
     return task
 
 
