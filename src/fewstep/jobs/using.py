@@ -201,7 +201,8 @@ def evaluate_prompts(
     scale = loaded.contract.guidance.baked
     guided = teacher.denoiser if scale == 1 else Guided(teacher.denoiser, scale, teacher.null)
     report = evaluate_without_reference(
-        loaded.student, guided, task, watch=watch or Nobody(), seed=seed, scorer=scores, features=looks, cache=out / "cache",
+        loaded.student, guided, task, watch=watch or Nobody(), seed=seed, scorer=scores, features=looks,
+        cache=out / "cache",
     )  # fmt: skip
     report.save(out)
     write_report(out)
