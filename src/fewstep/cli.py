@@ -569,7 +569,18 @@ def _existing(path: Path) -> Path:
 def evaluate(
     student: Annotated[Path, typer.Argument(help="A student folder or a run.")],
     against: Annotated[str, typer.Option(help="The teacher: a name or a diffusers folder.")],
-    reference: Annotated[str, typer.Option(help="Held-out real data: a task's name, a folder or an .npz file.")],
+    reference: Annotated[
+        str | None, typer.Option(help="Held-out real data: a task's name, a folder or an .npz file.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Instead of data: a text file, one prompt a line; the teacher is the reference.")
+    ] = None,
+    scorer: Annotated[
+        Path | None, typer.Option(help="With --prompts: a local CLIP folder that scores how prompts are obeyed.")
+    ] = None,
+    features: Annotated[
+        Path | None, typer.Option(help="With --prompts: a local CLIP or DINO folder that measures likeness.")
+    ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the report.")] = Path("evaluation"),
     seed: Annotated[int, typer.Option(help="First seed of the noise.")] = 0,
     device: Device = "auto",
@@ -578,18 +589,30 @@ def evaluate(
     quiet: Quiet = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Measure a student against its teacher and against real data, by the one protocol.
+    """Measure a student against its teacher and against real data, by the one protocol; or without data, on prompts.
 
     \b
     Examples:
       fewstep evaluate runs/digits/student --against digits --reference digits
+      fewstep evaluate runs/mine/student --against ./my-pipeline --prompts prompts.txt
     """
+    if (reference is None) == (prompts is None):
+        raise Refused("give either --reference (real data) or --prompts (a text file, where there is none)")
+    if prompts is None and (scorer or features):
+        raise Refused("--scorer and --features go with --prompts")
     screen, place = Screen(quiet, verbose, json), pick_device(device)
     from . import jobs
 
     set_threads(threads)
     with screen:
-        report = jobs.evaluate(_existing(student), against, reference, out, seed=seed, device=place, watch=screen)
+        if reference is None:
+            assert prompts is not None
+            report = jobs.evaluate_prompts(
+                _existing(student), against, _existing(prompts), out, scorer=scorer, features=features, seed=seed,
+                device=place, watch=screen,
+            )  # fmt: skip
+        else:
+            report = jobs.evaluate(_existing(student), against, reference, out, seed=seed, device=place, watch=screen)
     screen.result(report, report_text(report, out))
 
 
@@ -625,19 +648,23 @@ def compare(
 @command
 def report(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
+    votes: Annotated[
+        list[Path] | None, typer.Option(help="Votes from the run's report/ab.html, one file a person.")
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Write a run's report again, from what its folder holds.
+    """Write a run's report again, from what its folder holds; with votes, say what people preferred.
 
     \b
     Examples:
       fewstep report runs/digits
+      fewstep report runs/mine --votes votes.json
     """
     from . import jobs
 
-    file = jobs.report(_existing(run))
+    file = jobs.report(_existing(run), votes or [])
     Screen(quiet, verbose, json).result({"report": file}, f"report: {file}")
 
 

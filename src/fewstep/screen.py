@@ -153,6 +153,9 @@ REPORT = {
     "coverage": "coverage",
     "copied": "copied",
     "accuracy": "accuracy",
+    "feature_distance": "pair distance",
+    "ssim": "SSIM",
+    "adherence": "prompt score",
     "samples_per_s": "samples/s",
 }
 

@@ -11,9 +11,10 @@ from small import FAST, PATH, Heard, flawed, memory, mixture, row, teacher
 from fewstep.denoiser import Counted, Denoiser, Guided
 from fewstep.errors import Failed, Refused
 from fewstep.evaluate import Protocol, compare, evaluate
-from fewstep.evaluate.measure import matched_rows, model_hash, shown_rows, spread_rows
+from fewstep.evaluate.measure import matched_rows, shown_rows, spread_rows
 from fewstep.evaluate.rows import Row, with_excess
 from fewstep.evaluate.sampling import counted
+from fewstep.evaluate.stage import model_hash
 from fewstep.metrics.features import features_for
 from fewstep.rng import Rng
 from fewstep.student import Student

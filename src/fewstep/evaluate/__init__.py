@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .blind import read_votes
     from .measure import compare, evaluate
+    from .noref import evaluate_without_reference
     from .page import table, write_report
     from .protocol import Protocol
     from .rows import Document, Report, Row, Scores, Verdict, read_scores
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
 WHERE = {
     "compare": "measure",
     "evaluate": "measure",
+    "evaluate_without_reference": "noref",
+    "read_votes": "blind",
     "table": "page",
     "write_report": "page",
     "Protocol": "protocol",
@@ -28,7 +32,8 @@ WHERE = {
 
 __all__ = [
     "Document", "Protocol", "Report", "Row", "Scores", "Verdict",
-    "compare", "evaluate", "judge", "read_scores", "table", "write_report",
+    "compare", "evaluate", "evaluate_without_reference", "judge", "read_scores", "read_votes",
+    "table", "write_report",
 ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from typing import TYPE_CHECKING, Any
 
@@ -9,19 +10,23 @@ import torch
 from torch import Tensor
 
 from ..errors import need
-from .rows import Row, Sheet, best_teacher
+from .rows import Row, Sheet, Tiles, best_teacher
 from .sampling import Candidate
 
 if TYPE_CHECKING:
-    from .measure import Stage
+    from .measure import Evaluation
 
 TILE = 40
 """Least side of a picture in a grid, in pixels; smaller ones are enlarged by a whole factor."""
 PLOT = 480
+SHARP = 256
+"""Side up to which pictures stay lossless on a page; larger ones become JPEG of high quality."""
+LARGE = 768
+"""Side in pixels to which a picture of its own is brought down."""
 
 
 def sheets(
-    stage: Stage, candidates: list[Candidate], rows: tuple[Row, ...], hashes: dict[str, str]
+    stage: Evaluation, candidates: list[Candidate], rows: tuple[Row, ...], hashes: dict[str, str]
 ) -> tuple[dict[str, bytes], tuple[Sheet, ...]]:
     """PNG files and what they show: students, the teacher at its best few steps, in full and in one call, real data,
     and the nearest training samples."""
@@ -69,12 +74,84 @@ def sheets(
     return pictures, tuple(listed)
 
 
-def columns_of(stage: Stage) -> int:
+def tile_files(
+    chosen: list[tuple[Any, Candidate]], tiles: dict[str, Tensor], words: list[str], hashes: dict[str, str], seed: int
+) -> tuple[dict[str, bytes], Tiles]:
+    """A PNG for every picture uint8 [n, 1 or 3, h, w] of every column, and what they show."""
+    need("PIL", "evaluate")
+    pictures: dict[str, bytes] = {}
+    files: list[list[str]] = [[] for _ in words]
+    for kind, candidate in chosen:
+        model = hashes["student" if kind == "student" else "teacher"]
+        for i, tile in enumerate(tiles[candidate.title]):
+            name = f"samples/tiles/{i:03d}_{kind}.png"
+            about = {"model": model, "seed": str(seed), "steps": str(candidate.nfe), "made": True}
+            pictures[name] = png(smaller(tile.permute(1, 2, 0), LARGE), about)
+            files[i].append(name)
+    kinds, titles = tuple(kind for kind, _ in chosen), tuple(candidate.title for _, candidate in chosen)
+    return pictures, Tiles(kinds=kinds, titles=titles, prompts=tuple(words), files=tuple(map(tuple, files)))
+
+
+def smaller(picture: Tensor, side: int) -> Tensor:
+    """uint8 [h, w, c] with no side above ``side``."""
+    import numpy as np
+    from PIL import Image
+
+    height, width, channels = picture.shape
+    if max(height, width) <= side:
+        return picture
+    pixels = picture.numpy()
+    image = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image)).reshape(image.height, image.width, channels)
+
+
+def thumbnail(data: bytes, side: int) -> str | None:
+    """A PNG as a data address of a picture with no side above ``side``; None for what is no picture of ours."""
+    from PIL import Image
+
+    small = opened(data)
+    if small is None:
+        return None
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return address([small])[0]
+
+
+def address(images: list[Any]) -> list[str]:
+    """Pictures as data addresses of equal length, without metadata: small ones lossless, larger ones JPEG.
+
+    The shorter ones are filled up behind their end, so that a length tells nothing.
+    """
+    from PIL import Image
+
+    side = max(max(image.size) for image in images)
+    kind, options = ("png", {"optimize": True}) if side <= SHARP else ("jpeg", {"quality": 95, "subsampling": 0})
+    encoded = []
+    for image in images:
+        out = io.BytesIO()
+        Image.frombytes(image.mode, image.size, image.tobytes()).save(out, kind, **options)
+        encoded.append(out.getvalue())
+    size = max(map(len, encoded))
+    return [f"data:image/{kind};base64,{base64.b64encode(d.ljust(size, bytes(1))).decode()}" for d in encoded]
+
+
+def opened(data: bytes) -> Any:
+    """A PNG of a size that we write; None for anything else."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            return None if max(image.size) > 4096 else image.convert("L" if image.mode == "L" else "RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+
+
+def columns_of(stage: Evaluation) -> int:
     classes = stage.task.classes
     return classes if stage.labels is not None and classes and classes <= 10 else 10
 
 
-def draw(stage: Stage, samples: Tensor, columns: int) -> Tensor | None:
+def draw(stage: Evaluation, samples: Tensor, columns: int) -> Tensor | None:
     """A grid of pictures, or of vectors a scatter of their first two coordinates: uint8 [H, W, 1 or 3]."""
     shown = stage.task.pictures(samples)
     if shown is not None:
@@ -123,7 +200,7 @@ def _plane(points: Tensor) -> Tensor:
     return torch.stack([points[:, 0], rank], 1)
 
 
-def neighbours(stage: Stage, students: list[tuple[str, str, Any, int, str]]) -> Tensor | None:
+def neighbours(stage: Evaluation, students: list[tuple[str, str, Any, int, str]]) -> Tensor | None:
     """Ten samples of the first student, and below each its nearest training sample."""
     from ..metrics.distances import nearest
 

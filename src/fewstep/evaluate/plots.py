@@ -74,7 +74,7 @@ class Frame:
 
 def curve(scores: Measured) -> Markup | None:
     """Fréchet distance over calls: every sampler tried, the best of each, the students, the floor."""
-    shown = [row for row in scores.rows if row.frechet is not None and not row.real]
+    shown = [row for row in scores.rows if row.frechet is not None and not row.floor]
     floor = scores.floor
     values = [row.frechet for row in shown if row.frechet] + ([floor.frechet] if floor and floor.frechet else [])
     if not shown or not values:
@@ -85,7 +85,8 @@ def curve(scores: Measured) -> Markup | None:
     frame.grid(_few(calls), _decades(min(values) / 1.5, top), "network calls for one sample", "Fréchet distance")
     if floor is not None and floor.frechet:
         frame.line([(frame.x[0], floor.frechet), (frame.x[1], floor.frechet)], "floor")
-        frame.word(frame.x[1], floor.frechet, "real against real", "note", -4, 15, "end")
+        words = "real against real" if floor.model == "real" else "teacher against itself"
+        frame.word(frame.x[1], floor.frechet, words, "note", -4, 15, "end")
     for tried in scores.scout:
         if tried.frechet is not None and frame.y[0] < tried.frechet < top:
             frame.dot(tried.nfe, tried.frechet, "tried", 3, f"{tried.solver}, {tried.nfe} calls: {tried.frechet:.3g}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ..errors import Refused
 from ..part import Part
@@ -24,9 +24,11 @@ class Row(Part):
     """One model under one way to draw from it.
 
     ``model`` is student, student:NAME (where several are compared), teacher (its own sampler at full length),
-    teacher:SOLVER (its best sampler at ``nfe`` calls) or real (training against test data: the floor).
+    teacher:SOLVER (its best sampler at ``nfe`` calls), real (training against test data: the floor) or, where no
+    data was there, itself (the teacher's full length against itself under other noise).
     ``frechet`` is the mean over noise seeds and ``frechet_spread`` their standard deviation; ``excess`` is
     ``(frechet - floor) / (best teacher at 8 calls or fewer - floor)``; ``calls`` were counted, a sample.
+    From ``rmse`` on: against the teacher's full length from equal noise and an equal condition.
     """
 
     model: str
@@ -43,6 +45,13 @@ class Row(Part):
     accuracy: float | None = None
     diversity: float | None = None
     kernel: float | None = None
+    rmse: float | None = None
+    psnr: float | None = None
+    ssim: float | None = None
+    feature_distance: float | None = None
+    saturation: float | None = None
+    high_frequency: float | None = None
+    adherence: float | None = None
     samples_per_s: float | None = None
     calls: float | None = None
     count: int
@@ -52,7 +61,10 @@ class Row(Part):
     spreads: dict[str, float] = Field(default_factory=dict, description="standard errors of the other figures")
     exact: dict[str, float] = Field(default_factory=dict, description="against a law that is known exactly")
 
-    @field_validator("frechet", "excess", "kernel", "samples_per_s", "frechet_spread")
+    @field_validator(
+        *("frechet", "excess", "kernel", "samples_per_s", "frechet_spread"),
+        *("rmse", "psnr", "ssim", "feature_distance", "saturation", "high_frequency", "adherence"),
+    )
     @classmethod
     def _finite(cls, value: float | None) -> float | None:
         if value is not None and not math.isfinite(value):
@@ -60,8 +72,9 @@ class Row(Part):
         return value
 
     @property
-    def real(self) -> bool:
-        return self.model == "real"
+    def floor(self) -> bool:
+        """What nothing can be expected to beat: real data against real data, or the teacher against itself."""
+        return self.model in ("real", "itself")
 
     @property
     def student(self) -> bool:
@@ -91,9 +104,47 @@ class Sheet(Part):
     columns: int = 1
 
 
+class Tiles(Part):
+    """Pictures of equal noise, one file each: a line for every prompt shown, a column for every model.
+
+    ``kinds`` of columns: full (the teacher at full length), best (its best few steps), student.
+    """
+
+    kinds: tuple[Literal["full", "best", "student"], ...]
+    titles: tuple[str, ...]
+    prompts: tuple[str, ...] = Field(max_length=256)
+    files: tuple[tuple[str, ...], ...] = Field(max_length=256)
+
+    @model_validator(mode="after")
+    def _square(self) -> Tiles:
+        wide, high = len(self.kinds), len(self.prompts)
+        if len(set(self.kinds)) != wide or len(self.titles) != wide or len(self.files) != high:
+            raise ValueError("tiles have one title a column and one line of files a prompt")
+        if any(len(line) != wide for line in self.files):
+            raise ValueError("every line of tiles has one file a column")
+        return self
+
+
+class Preference(Part):
+    """Outcome of a blind comparison: ``share`` of the decided votes that preferred the student, with its interval.
+
+    ``low`` and ``high`` are Wilson's 95 % interval; None where every vote was a tie.
+    """
+
+    against: Literal["full", "best"]
+    title: str
+    wins: int
+    losses: int
+    ties: int
+    share: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
 class Measured(Part):
     """What both files hold: see ``Scores`` and ``Document``."""
 
+    reference: Literal["data", "teacher"] = "data"
     task: str
     shape: tuple[int, ...]
     seed: int
@@ -104,13 +155,14 @@ class Measured(Part):
     features: dict[str, Any] = {}
     few: int = FEW
     sheets: tuple[Sheet, ...] = ()
+    tiles: Tiles | None = None
     notes: tuple[str, ...] = ()
     machine: dict[str, Any] = {}
     seconds: dict[str, float] = {}
 
     @property
     def floor(self) -> Row | None:
-        return next((row for row in self.rows if row.real), None)
+        return next((row for row in self.rows if row.floor), None)
 
     @property
     def full(self) -> Row | None:
@@ -149,6 +201,7 @@ class Document(Measured):
 
     kind: Literal["fewstep.report/1"] = Field(REPORT, alias="schema")
     verdict: Verdict
+    preference: tuple[Preference, ...] = ()
     origin: dict[str, Any] = Field(default_factory=dict, description="contract, environment and training of the run")
 
     def as_dict(self) -> dict[str, Any]:
@@ -178,12 +231,12 @@ class Report:
         return put(run / "scores.json", (json.dumps(self.scores.as_dict(), indent=1) + "\n").encode())
 
 
-def document(scores: Scores, origin: dict[str, Any] | None = None) -> Document:
-    """Scores with their verdict."""
+def document(scores: Scores, origin: dict[str, Any] | None = None, preference: tuple[Preference, ...] = ()) -> Document:
+    """Scores with their verdict, and what people preferred where they were asked."""
     from .verdict import judge
 
     values = {name: getattr(scores, name) for name in Measured.model_fields}
-    return Document(schema=REPORT, verdict=judge(scores), origin=origin or {}, **values)
+    return Document(schema=REPORT, verdict=judge(scores), preference=preference, origin=origin or {}, **values)
 
 
 def put(file: Path, data: bytes) -> Path:
@@ -206,7 +259,7 @@ def with_excess(rows: list[Row], few: int = FEW) -> tuple[Row, ...]:
     None everywhere without a teacher, and where its best is no farther from real data than the floor is: the
     ratio means nothing then.
     """
-    floor = next((row.frechet for row in rows if row.real), None)
+    floor = next((row.frechet for row in rows if row.floor), None)
     best = best_teacher(rows, few)
     if floor is None or best is None or best.frechet is None or best.frechet <= floor:
         return tuple(row.model_copy(update={"excess": None}) for row in rows)

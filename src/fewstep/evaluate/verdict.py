@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .rows import Grade, Row, Scores, Verdict
+from .rows import Grade, Measured, Row, Scores, Verdict
 
 GRADES: tuple[tuple[float, Grade], ...] = ((1.0, "excellent"), (1.3, "good"), (2.0, "fair"))
 """Highest excess of each grade; above the last it is weak."""
@@ -13,6 +13,10 @@ LOST = 0.10
 
 def judge(scores: Scores) -> Verdict:
     """Read the rows as a careful person would: against the teacher's best few calls, not its slowest run."""
+    if scores.reference == "teacher":
+        from .imitation import judge_imitation
+
+        return judge_imitation(scores)
     students = sorted(scores.students, key=lambda row: (row.nfe, row.frechet or 0.0))
     if not students:
         return _teacher_only(scores)
@@ -23,38 +27,38 @@ def judge(scores: Scores) -> Verdict:
         if grade in ("excellent", "good"):
             headline += " But see the warning below."
         grade = "weak" if len(serious) > 2 or grade == "weak" else "fair"
-    points = [*_speed(student, scores), *_others(students[1:])]
+    points = [*speed_points(student, scores), *_others(students[1:])]
     return Verdict(grade=grade, headline=headline, points=tuple(points), warnings=(*serious, *notes, *scores.notes))
 
 
 def _headline(student: Row, scores: Scores) -> tuple[Grade, str]:
-    who = _who(student)
+    name = who(student)
     best, floor = scores.best, scores.floor
     if student.excess is None or best is None:
         if best is not None and floor is not None and student.frechet is not None and best.frechet is not None:
             side = (
                 "no farther from real data than" if student.frechet <= best.frechet else "farther from real data than"
             )
-            return "unknown", f"{who} is {side} the teacher's best few-step sampler, which is already at the floor."
+            return "unknown", f"{name} is {side} the teacher's best few-step sampler, which is already at the floor."
         if student.frechet is None or floor is None or not floor.frechet:
-            return "unknown", f"{who} was measured, but there is nothing to hold it against."
+            return "unknown", f"{name} was measured, but there is nothing to hold it against."
         ratio = student.frechet / floor.frechet
-        return "unknown", f"{who} is {ratio:.1f} times as far from real data as real data is from itself."
-    grade: Grade = next((name for most, name in GRADES if student.excess <= most), "weak")
-    against = f"the teacher's best sampler at up to {scores.few} calls ({_short(best)})"
+        return "unknown", f"{name} is {ratio:.1f} times as far from real data as real data is from itself."
+    grade: Grade = next((grade for most, grade in GRADES if student.excess <= most), "weak")
+    against = f"the teacher's best sampler at up to {scores.few} calls ({short_name(best)})"
     match grade:
         case "excellent":
-            text = f"{who} comes closer to real data than {against}: {_times(student.excess)} its excess."
+            text = f"{name} comes closer to real data than {against}: {times(student.excess)} its excess."
         case "good":
-            text = f"{who} is nearly as close to real data as {against}: {_times(student.excess)} its excess."
+            text = f"{name} is nearly as close to real data as {against}: {times(student.excess)} its excess."
         case "fair":
-            text = f"{who} is somewhat farther from real data than {against}: {_times(student.excess)} its excess."
+            text = f"{name} is somewhat farther from real data than {against}: {times(student.excess)} its excess."
         case _:
-            text = f"{who} is clearly farther from real data than {against}: {_times(student.excess)} its excess."
+            text = f"{name} is clearly farther from real data than {against}: {times(student.excess)} its excess."
     return grade, text
 
 
-def _speed(student: Row, scores: Scores) -> list[str]:
+def speed_points(student: Row, scores: Measured) -> list[str]:
     """Against the full run, and against the cheapest sampler that is as good: the honest figure."""
     points = []
     full = scores.full
@@ -70,18 +74,20 @@ def _speed(student: Row, scores: Scores) -> list[str]:
     if teachers and equal is None:
         points.append("No sampler of the teacher that was tried here is as good, at any number of calls.")
     elif equal is not None and equal.nfe <= student.nfe:
-        points.append(f"The teacher itself is as good with {equal.nfe} call{'s' * (equal.nfe > 1)} ({_short(equal)}).")
+        points.append(
+            f"The teacher itself is as good with {equal.nfe} call{'s' * (equal.nfe > 1)} ({short_name(equal)})."
+        )
     elif equal is not None:
         if student.samples_per_s and equal.samples_per_s:
             factor = f"{student.samples_per_s / equal.samples_per_s:.1f}x"
         else:
             factor = f"{equal.nfe / student.nfe:.0f}x by calls"
-        points.append(f"The honest speed-up at equal quality is {factor}: against {_short(equal)}.")
+        points.append(f"The honest speed-up at equal quality is {factor}: against {short_name(equal)}.")
     return points
 
 
 def _others(more: list[Row]) -> list[str]:
-    return [f"{_who(row)}: {_times(row.excess)} the excess." for row in more if row.excess is not None]
+    return [f"{who(row)}: {times(row.excess)} the excess." for row in more if row.excess is not None]
 
 
 def _warnings(student: Row, scores: Scores) -> tuple[list[str], list[str]]:
@@ -142,14 +148,14 @@ def _teacher_only(scores: Scores) -> Verdict:
     return Verdict(grade="unknown", headline=text, warnings=scores.notes)
 
 
-def _who(row: Row) -> str:
+def who(row: Row) -> str:
     name = "The student" if row.model == "student" else row.model.partition(":")[2]
     return f"{name} with {row.nfe} call{'s' if row.nfe > 1 else ''}"
 
 
-def _short(row: Row) -> str:
+def short_name(row: Row) -> str:
     return row.title.removeprefix("Teacher, ") or f"{row.model}, {row.nfe} calls"
 
 
-def _times(value: float | None) -> str:
+def times(value: float | None) -> str:
     return "?" if value is None else f"{value:.2f}x"

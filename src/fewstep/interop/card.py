@@ -50,7 +50,7 @@ def card(
         if contract.guidance.baked != 1:
             lines.append(f"Guidance {contract.guidance.baked:g} of the teacher is in the weights: do not guide again.")
     if table:
-        heads = list(table[0])
+        heads = [h for h in table[0] if any(r.get(h) not in (None, {}) for r in table)]
         lines += ["", "## Measured", "", *_table([heads, *[[_cell(r.get(h)) for h in heads] for r in table]])]
     if notes:
         lines += ["", "## Notes", "", *[f"- {note}" for note in notes]]

@@ -4,7 +4,7 @@ from .bits import bits
 from .planning import plan
 from .setting import Setting, game, prepare
 from .training import distill, train, unfinished
-from .using import check, compare, evaluate, report, sample
+from .using import check, compare, evaluate, evaluate_prompts, report, sample
 from .verifying import scores_of, verify
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "compare",
     "distill",
     "evaluate",
+    "evaluate_prompts",
     "game",
     "plan",
     "prepare",

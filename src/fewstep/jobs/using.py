@@ -198,13 +198,66 @@ def compare(
     return content
 
 
-def report(run: File) -> File:
-    """Write a run's report again, from its folder alone."""
-    from ..evaluate import write_report
+def evaluate_prompts(
+    student: File, against: str | File, prompts: File, out: File, *, scorer: File | None = None,
+    features: File | None = None, seed: int = 0, device: str = "cpu", watch: Watch | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure a student beside its teacher on prompts alone; writes ``out`` as a run folder with a report.
 
-    if not (File(run) / "scores.json").is_file():
+    The teacher is guided as the student's contract says that it was when it taught.
+    """
+    from ..denoiser import Guided
+    from ..evaluate import evaluate_without_reference, write_report
+    from ..interop import load_student, load_teacher
+    from ..metrics.folders import ClipScorer, FolderFeatures
+
+    loaded = load_student(_model(File(student)))
+    teacher = load_teacher(against)
+    if loaded.student.shape != teacher.shape:
+        raise Refused(f"{student} makes {size_text(loaded.student.shape)}, {against} makes {size_text(teacher.shape)}")
+    task = _prompts(prompts, teacher)
+    scores = None if scorer is None else ClipScorer(scorer, device)
+    looks = None if features is None else FolderFeatures(features, teacher.value_range or (-1.0, 1.0), device)
+    out.mkdir(parents=True, exist_ok=True)
+    loaded.student.to(device)
+    teacher.denoiser.to(device)
+    scale = loaded.contract.guidance.baked
+    guided = teacher.denoiser if scale == 1 else Guided(teacher.denoiser, scale, teacher.null)
+    report = evaluate_without_reference(
+        loaded.student, guided, task, watch=watch or Nobody(), seed=seed, scorer=scores, features=looks,
+        cache=out / "cache",
+    )  # fmt: skip
+    report.save(out)
+    write_report(out)
+    content: dict[str, Any] = json.loads((out / "report" / "report.json").read_text(encoding="utf-8"))
+    return content
+
+
+def _prompts(file: File, teacher: Any) -> Task:
+    """The prompts of a file as a task of conditions without data."""
+    import importlib
+
+    try:
+        module = importlib.import_module("fewstep.tasks.prompts")
+    except ModuleNotFoundError:
+        raise Refused(f"prompts {file}: this version has no task for prompts; give --reference data") from None
+    task: Task = module.Prompts(module.PromptsOptions(path=str(file))).asked(
+        teacher.embed, teacher.shape, teacher.decode
+    )
+    return task
+
+
+def report(run: File, votes: Sequence[File] = ()) -> File:
+    """Write a run's report again, from its folder alone; ``votes`` on its blind comparison are taken in first."""
+    from ..evaluate import read_scores, write_report
+    from ..evaluate.blind import ballot, keep_votes
+
+    run = File(run)
+    if not (run / "scores.json").is_file():
         raise Refused(f"{run} holds no scores.json: it was not evaluated, or is no run")
-    return write_report(File(run))
+    if votes:
+        keep_votes(run, list(votes), ballot(run, read_scores(run / "scores.json")))
+    return write_report(run)
 
 
 def check(student: File) -> dict[str, Any]:
