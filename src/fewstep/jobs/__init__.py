@@ -1,5 +1,6 @@
 """What the commands do: whole jobs, from a recipe or a folder to files. Plain functions, no terminal."""
 
+from .exporting import export
 from .planning import plan
 from .setting import Setting, game, prepare
 from .training import distill, train
@@ -12,6 +13,7 @@ __all__ = [
     "compare",
     "distill",
     "evaluate",
+    "export",
     "game",
     "plan",
     "prepare",
