@@ -146,6 +146,21 @@ def test_a_recorded_diffusers_unet_becomes_a_program_for_64_rows_and_more(pipes,
 
 
 @pytest.mark.slow
+def test_a_latent_student_is_exported_with_its_decoder_and_then_gives_pixels(pipes, tmp_path, inside, here):
+    pipes.dit().save_pretrained(str(tmp_path / "teacher"))
+    teacher = load_teacher(tmp_path / "teacher")
+    student = Student.like(teacher.denoiser, teacher.shape)
+    save_student(student, tmp_path / "s", teacher=teacher, method="test")
+    done = export_programs(tmp_path / "s", tmp_path / "e", "pt2", batches=(1, 64), decode=True)
+    assert done.max_error <= 1e-5
+    golden = load_file(tmp_path / "e" / "golden.safetensors")
+    assert golden["noise"].shape[1:] == (2, 4, 4)
+    pixels = load_student(tmp_path / "s").decode(student.generate(golden["noise"], golden["labels"]).detach())
+    torch.testing.assert_close(golden["output_1"], pixels, rtol=1e-5, atol=1e-5)
+    assert pixels.shape[1] == 3
+
+
+@pytest.mark.slow
 def test_a_student_of_a_mixture_is_exported_by_the_command_line(tmp_path, capsys, inside):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -261,6 +276,35 @@ def test_a_student_without_adapters_has_no_lora(flow, tmp_path):
         with pytest.raises(Refused, match="LoRA"):
             export_lora(flow, tmp_path / "out" / "e", names)
     assert not list((tmp_path / "out").iterdir()) if (tmp_path / "out").exists() else True
+
+
+@pytest.mark.slow
+def test_a_lora_file_is_what_the_student_has_learned(pipes, tmp_path, here):
+    lora = pytest.importorskip("fewstep.adapters")
+    pipes.ddpm().save_pretrained(str(tmp_path / "teacher"))
+    teacher = load_teacher(tmp_path / "teacher")
+    options = lora.LoraOptions(rank=2, alpha=1.0, targets="all")
+    student = Student(lora.adapted(teacher.denoiser, options), teacher.shape)
+    with torch.no_grad():
+        for name, value in student.named_parameters():
+            if name.endswith("lora_up"):
+                value.normal_(std=0.05)
+    save_student(student, tmp_path / "s", teacher=teacher, method="dmd2")
+    done = export_lora(tmp_path / "s", tmp_path / "e", "diffusers")
+    tensors = load_file(tmp_path / "e" / done.files[0])
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    before, after = load_file(tmp_path / "teacher" / weights), load_file(tmp_path / "s" / weights)
+    downs = [name for name in tensors if name.endswith(".lora_A.weight")]
+    assert downs
+    for name in downs:
+        layer = name.removeprefix("unet.").removesuffix(".lora_A.weight")
+        up = tensors[name.replace("lora_A", "lora_B")]
+        learned = (up.flatten(1) @ tensors[name].flatten(1)).view(before[f"{layer}.weight"].shape)
+        assert learned.abs().max() > 1e-3
+        moved = after[f"{layer}.weight"] - before[f"{layer}.weight"]
+        torch.testing.assert_close(moved, learned, rtol=1e-4, atol=1e-6)
+    assert export_lora(tmp_path / "s", tmp_path / "k", "kohya").files != done.files
+    assert Contract.load(tmp_path / "e").method == "dmd2"
 
 
 # -- the job and the command ------------------------------------------------------------------------

@@ -64,6 +64,10 @@ def _quiet(line: str) -> None:
     pass
 
 
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
 # -- programs ---------------------------------------------------------------------------------------
 
 
@@ -121,11 +125,13 @@ def export_programs(
         text = {"format": 1, "kind": kind, "decoded": decode, "programs": programs}
         (partial / PROGRAMS).write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
         seed = int(facts["seed"])
-        _write_case(partial / GOLDEN, student, inputs, cond, decoder, len(golden["noise"]), seed)
+        finish = loaded.decode if decode else _same
+        _write_case(partial / GOLDEN, student, inputs, cond, finish, golden["noise"], seed)
         cases = [partial / GOLDEN]
         for size in batches:
             cases.append(File(scratch) / f"cases_{size}.safetensors")
-            _write_case(cases[-1], student, inputs, cond, decoder, size, SEED + size)
+            noise = torch.randn((size, *student.shape), generator=torch.Generator().manual_seed(SEED + size))
+            _write_case(cases[-1], student, inputs, cond, finish, noise, SEED + size)
         say(f"comparing {len(programs)} program(s) at {', '.join(map(str, batches))} rows")
         errors = _fresh_process(partial, cases, timeout)
         _agree(errors)
@@ -157,6 +163,9 @@ def example_cond(loaded: LoadedStudent, golden: dict[str, Tensor]) -> Cond:
     """A few rows of the student's condition: the golden ones, else the recorded "no condition"."""
     if "labels" in golden:
         return golden["labels"]
+    named = {name.removeprefix("cond."): value for name, value in golden.items() if name.startswith("cond.")}
+    if named:
+        return named.get("", dict(named))
     net: Any = wrapped(loaded.student).net
     if not getattr(net, "conditions", ()):
         return None
@@ -192,20 +201,20 @@ def _write_case(
     student: Student,
     inputs: Mapping[int, tuple[Input, ...]],
     cond: Cond,
-    decoder: Decoder | None,
-    size: int,
+    finish: Callable[[Tensor], Tensor],
+    noise: Tensor,
     seed: int,
 ) -> None:
     """Inputs of one batch and, for every step count, what the student itself makes of them, by its own loop."""
     from safetensors.torch import save_file
 
     rng = torch.Generator().manual_seed(seed)
-    noise, *draws = [torch.randn((size, *student.shape), generator=rng) for _ in range(max(inputs))]
-    some = _repeated(cond, size)
+    draws = [torch.randn(noise.shape, generator=rng) for _ in range(max(inputs))][1:]
+    some = _repeated(cond, len(noise))
     case = {"noise": noise}
     for steps, named in inputs.items():
         sample = student.generate(noise, some, Draws(draws), steps)
-        case[f"output_{steps}"] = (sample if decoder is None else decoder(sample)).contiguous()
+        case[f"output_{steps}"] = finish(sample).contiguous()
         for one in named[1:]:
             if one.key is None:
                 case[one.name] = draws[int(one.name.removeprefix("noise_")) - 2]
