@@ -5,7 +5,7 @@
     python benchmarks/gpu_check.py --smoke             # tiny shapes on a CPU: does the script itself run?
 
 Sections: the card's measured matrix rate; every method's loss and gradient in bfloat16, compiled and with fused
-attention; exact against central-difference derivatives; full-shape networks with random weights (SDXL, Wan 1.3B, Flux)
+attention; exact against central-difference derivatives; full-shape networks with random weights (SDXL, Flux, Wan 1.3B)
 for five LoRA-DMD2 iterations each, against the plan; one-step and four-step sampling, eager and compiled, as a share of
 the matrix rate. Each section has a time budget; a section that fails or runs late keeps the rows that it has, says
 why, and the next one starts. It needs torch >= 2.6; without diffusers the parts that need it are skipped by name.
@@ -417,19 +417,6 @@ SHAPES = (
         _sdxl, lambda net: Wrapped(net, VariancePreserving(schedule="scaled_linear"), "eps", "999t"),
     ),
     Shape(
-        "Wan 1.3B", "WanTransformer3DModel",
-        (
-            {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30},
-            (16, 21, 60, 104), {"encoder_hidden_states": (512, 4096)},
-        ),
-        (
-            {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 16, "num_layers": 1, "in_channels": 4,
-             "out_channels": 4, "text_dim": 16, "freq_dim": 8, "rope_max_seq_len": 32},
-            (4, 2, 4, 4), {"encoder_hidden_states": (5, 16)},
-        ),
-        _wan, lambda net: Wrapped(net, Straight(), "velocity", "1000t"), _mend_wan,
-    ),
-    Shape(
         "Flux", "FluxTransformer2DModel",
         (
             {"guidance_embeds": True}, (4096, 64),
@@ -442,6 +429,19 @@ SHAPES = (
             (16, 4), {"encoder_hidden_states": (5, 16), "pooled_projections": (16,)},
         ),
         _flux, lambda net: Wrapped(net, Straight(), "velocity", "t"),
+    ),
+    Shape(
+        "Wan 1.3B", "WanTransformer3DModel",
+        (
+            {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30},
+            (16, 21, 60, 104), {"encoder_hidden_states": (512, 4096)},
+        ),
+        (
+            {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 16, "num_layers": 1, "in_channels": 4,
+             "out_channels": 4, "text_dim": 16, "freq_dim": 8, "rope_max_seq_len": 32},
+            (4, 2, 4, 4), {"encoder_hidden_states": (5, 16)},
+        ),
+        _wan, lambda net: Wrapped(net, Straight(), "velocity", "1000t"), _mend_wan,
     ),
 )  # fmt: skip
 
@@ -480,7 +480,7 @@ def materialised(machine: Machine, shape: Shape) -> nn.Module:
         raise Skipped(f"diffusers {diffusers.__version__} has no {shape.kind}")
     with torch.device("meta"):
         net = kind(**(shape.tiny if machine.smoke else shape.full)[0])
-    net = quietly(net, machine).to_empty(device=machine.device)
+    net = halved(net).to_empty(device=machine.device)
     shape.mend(net)
     net.to(machine.device)
     rng = torch.Generator(machine.device).manual_seed(0)
@@ -524,24 +524,24 @@ def planned(machine: Machine, shape: Shape, size: tuple[int, ...], task: Task, r
 
     with torch.device("meta"):
         net = getattr(diffusers, shape.kind)(**(shape.tiny if machine.smoke else shape.full)[0])
-    net = quietly(net, machine).to_empty(device="cpu")  # pages that nobody touches cost nothing
+    net = halved(net).to_empty(device="cpu")  # pages that nobody touches cost nothing
     shape.mend(net)
     net.enable_gradient_checkpointing()
     method = lora_game(shape, net.eval().requires_grad_(False), size, 1, rank)
     weights = bytes_of(method)
-    recipe = recipe_of(batch, machine)
+    recipe = recipe_of(batch)
     found = footprint(method, task, recipe, batch, fake=shapes_alone())
-    rate = machine.rates.get("bfloat16" if machine.cuda else "float32")
+    rate = machine.rates.get("bfloat16")
     out: Row = {"plan_gb": (weights + found.peak) / GB, "step_tflop": sum(found.flops.values()) / 1e12}
     if rate:
         out["plan_s"] = sum(found.flops.values()) / (SHARE * rate)
     return out
 
 
-def recipe_of(batch: int, machine: Machine) -> Recipe:
+def recipe_of(batch: int) -> Recipe:
     return Recipe.model_validate({
         "steps": ITERATIONS, "batch": batch, "task": {"name": "digits"}, "method": {"name": "dmd2"},
-        "optim": {"lr": 1e-5}, "ema": {"decay": 0.0}, "precision": {"dtype": "bfloat16" if machine.cuda else "float32"},
+        "optim": {"lr": 1e-5}, "ema": {"decay": 0.0}, "precision": {"dtype": "bfloat16"},
     })  # fmt: skip
 
 
@@ -553,20 +553,10 @@ def large(machine: Machine) -> Iterator[Row]:
         rank = 4 if machine.smoke else 32
         row: Row = {"network": shape.name, "batch": 1, "rank": rank, "shape": "x".join(map(str, size))}
         try:
-            began = time.perf_counter()
-            net = materialised(machine, shape)
-            count = sum(p.numel() for p in net.parameters())
-            weights = sum(p.numel() * p.element_size() for p in net.parameters())
-            row |= {"parameters_b": count / 1e9, "weights_gb": weights / GB}
-            say(f"  {shape.name}: {count / 1e9:.2f} B parameters, {weights / GB:.1f} GB")
-            method = lora_game(shape, net, size, 1, rank).to(machine.device).train()
-            row["learning_m"] = sum(p.numel() for p in method.parameters() if p.requires_grad) / 1e6
-            row["build_s"] = time.perf_counter() - began
-            task, recipe = Random(size, cond), recipe_of(1, machine)
-            row |= iterate(machine, method, task, recipe)
-            del net, method
+            for found in trained(machine, shape, size, cond, rank):
+                row |= found
             machine.fresh()
-            row |= planned(machine, shape, size, task, rank, 1)
+            row |= planned(machine, shape, size, Random(size, cond), rank, 1)
             if row.get("peak_gb") and row.get("plan_gb"):
                 row["memory_over_plan"] = row["peak_gb"] / row["plan_gb"]
             if row.get("plan_s"):
@@ -581,6 +571,22 @@ def large(machine: Machine) -> Iterator[Row]:
         yield row
 
 
+def trained(
+    machine: Machine, shape: Shape, size: tuple[int, ...], cond: dict[str, tuple[int, ...]], rank: int
+) -> Iterator[Row]:
+    """What is known of a network as it is built and trained; nothing of it is held afterwards."""
+    began = time.perf_counter()
+    net = materialised(machine, shape)
+    count = sum(p.numel() for p in net.parameters())
+    weights = sum(p.numel() * p.element_size() for p in net.parameters())
+    say(f"  {shape.name}: {count / 1e9:.2f} B parameters, {weights / GB:.1f} GB")
+    yield {"parameters_b": count / 1e9, "weights_gb": weights / GB}
+    method = lora_game(shape, net, size, 1, rank).to(machine.device).train()
+    learning = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    yield {"learning_m": learning / 1e6, "build_s": time.perf_counter() - began}
+    yield iterate(machine, method, Random(size, cond), recipe_of(1))
+
+
 def iterate(machine: Machine, method: DMD2, task: Task, recipe: Recipe) -> Row:
     """The trainer's turns: peak memory, and the median of the steps after the first."""
     players = {name: Player(getattr(method, name), recipe.optim_of(name)) for name in method.players}
@@ -591,7 +597,7 @@ def iterate(machine: Machine, method: DMD2, task: Task, recipe: Recipe) -> Row:
             for other, player in players.items():
                 player.learns(other == name)
             batch = task.batch(recipe.batch, 0, step, turn).to(machine.device)
-            with machine.bfloat16() if machine.cuda else contextlib.nullcontext():
+            with machine.bfloat16():
                 loss = method.loss(name, batch, Rng("gpu_check", step, turn, device=machine.device))
             loss.total.backward()
             players[name].update(1.0)
@@ -605,13 +611,12 @@ def iterate(machine: Machine, method: DMD2, task: Task, recipe: Recipe) -> Row:
     return row if peak is None else {**row, "peak_gb": peak / GB}
 
 
-def quietly(net: Any, machine: Machine) -> Any:
-    """In bfloat16 on a GPU; diffusers would warn of parts that its own loader keeps wide."""
-    dtype = torch.bfloat16 if machine.cuda else torch.float32
+def halved(net: Any) -> Any:
+    """Weights in bfloat16, tables in buffers as they are; diffusers' own ``to`` would warn of what it keeps wide."""
     for module in net.modules():
         for name, value in module._parameters.items():
             if value is not None:
-                module._parameters[name] = nn.Parameter(value.to(dtype), requires_grad=False)
+                module._parameters[name] = nn.Parameter(value.to(torch.bfloat16), requires_grad=False)
     return net
 
 
@@ -625,7 +630,7 @@ def sampling(machine: Machine) -> Iterator[Row]:
     description = {
         "kind": "dit", "shape": shape, "width": width, "depth": depth, "heads": heads, "classes": 1000, "patch": 2
     }  # fmt: skip
-    net = build(description).to(machine.device).eval().requires_grad_(False)
+    net = halved(build(description)).to(machine.device).eval()
     cases: list[tuple[str, Any, tuple[int, ...], Any, int]] = [
         (
             "DiT-XL/2" if not machine.smoke else "tiny DiT", Wrapped(net, Straight(), "velocity", "t"), shape,
@@ -658,9 +663,8 @@ def throughput(
     steps = {n: tuple(top * (1 - k / n) for k in range(n)) for n in (1, 4)}
     student = Student(one, shape, steps=steps).eval()
     noise, some = torch.randn(batch, *shape, device=machine.device), cond(batch)
-    low = machine.bfloat16() if machine.cuda else contextlib.nullcontext()
-    rate = machine.rates.get("bfloat16" if machine.cuda else "float32")
-    with torch.no_grad(), low:
+    rate = machine.rates.get("bfloat16")
+    with torch.no_grad(), machine.bfloat16():
         with FlopCounterMode(display=False) as counter:
             student.generate(noise, some, None, 1)
         flops = counter.get_total_flops()

@@ -43,7 +43,7 @@ def test_a_smoke_run_goes_through_every_section_and_writes_both_tables(script, t
     methods = {(row["method"], row["player"]) for row in report["sections"]["methods"]["rows"]}
     assert {("dmd2", "student"), ("dmd2", "critic"), ("meanflow", "student")} <= methods
     large = report["sections"]["large"]["rows"]
-    assert [row["network"] for row in large] == ["SDXL", "Wan 1.3B", "Flux"]
+    assert [row["network"] for row in large] == ["SDXL", "Flux", "Wan 1.3B"]
     assert all("step_s" in row or "skipped" in row["note"] for row in large)
     text = (tmp_path / "t.md").read_text()
     assert all(f"## {name}" in text for name in script.SECTIONS)

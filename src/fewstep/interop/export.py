@@ -425,7 +425,7 @@ def export_pipeline(
 def _same_samples(source: File, partial: File, contract: Contract, batches: Sequence[int]) -> dict[int, float]:
     one, other = load_student(source), load_student(partial)
     cond = example_cond(one, read_golden(source)[0])
-    errors = {}
+    errors: dict[int, float] = {}
     for size in batches:
         noise = torch.randn((size, *contract.shape), generator=torch.Generator().manual_seed(SEED + size))
         some = _repeated(cond, size)
@@ -444,7 +444,7 @@ def export_lora(
     source = File(folder).expanduser()
     contract = _student_contract(source)
     try:
-        from .lora import save_lora
+        from .lora import save_lora  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
         raise Refused("this version writes no LoRA files: take --to diffusers") from None
     with written_whole(File(out), overwrite) as partial:

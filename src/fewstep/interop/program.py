@@ -259,7 +259,7 @@ def _free_batch(program: nn.Module) -> Iterator[None]:
     From 64 rows on it makes its input contiguous, which changes no value; a trace would hold fast to the side
     that it saw, and serve no batch of the other.
     """
-    changed = []
+    changed: list[nn.Module] = []
     for module in program.modules():
         if type(module).__name__ == "Upsample2D" and type(module).__module__.startswith("diffusers."):
             if module.norm is None and not module.use_conv_transpose and module.interpolate:

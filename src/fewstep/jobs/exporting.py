@@ -36,9 +36,10 @@ def export(
     say, sizes = (watch or Nobody()).say, tuple(batches or BATCHES)
     if to == "diffusers":
         done = export_pipeline(folder, place, batches=sizes, overwrite=overwrite, say=say)
-    elif to == "onnx" or to == "pt2":
+    elif programs:
+        kind: Any = to
         done = export_programs(
-            folder, place, to, steps=steps, batches=sizes, decode=decode, overwrite=overwrite, say=say
+            folder, place, kind, steps=steps, batches=sizes, decode=decode, overwrite=overwrite, say=say
         )
     else:
         done = export_lora(folder, place, "kohya" if to == "kohya" else "diffusers", overwrite=overwrite)
