@@ -712,6 +712,60 @@ def verify(
 
 
 @command
+def export(
+    model: Annotated[Path, typer.Argument(help="A student folder or a run.")],
+    to: Annotated[str, typer.Option(help="diffusers, lora, kohya, onnx or pt2.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder to write [default: export/TO beside the student].")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="One step count [default: a program for each that was trained].")
+    ] = None,
+    batch: Annotated[str, typer.Option(help="Numbers of rows at which it is compared with the student.")] = "1,3,64",
+    decode: Annotated[bool, typer.Option("--decode", help="Put the autoencoder's decoder into the program.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export at --out.")] = False,
+    threads: Threads = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Take a student elsewhere; nothing is written that does not give the student's own samples.
+
+    diffusers: a pipeline folder for plain diffusers. lora, kohya: the adapters alone, by diffusers' names or by
+    those that ComfyUI and the web interfaces read. onnx, pt2: the whole sampler as one program a step count, noise in
+    and sample out, for any number of rows; it runs without this package (onnxruntime, or torch alone).
+
+    \b
+    Before the folder gets its name, the export draws from the golden noise and from other noise in a fresh
+    process, and must agree to 1e-5. A large network is compared faster with few rows: --batch 1,2.
+
+    \b
+    Examples:
+      fewstep export runs/digits --to onnx
+      fewstep export runs/digits/student --to pt2 --steps 1 --out digits-program
+      fewstep export ./my-student --to diffusers --out ./my-pipeline
+      fewstep export ./my-student --to kohya
+    """
+    screen = Screen(quiet, verbose, json)
+    sizes = _sizes(batch)
+    from . import jobs
+
+    set_threads(threads)
+    with screen:
+        result = jobs.export(
+            _existing(model), to, out=out, steps=steps, batches=sizes, decode=decode, overwrite=overwrite, watch=screen
+        )
+    screen.result(result, lines_of(result))
+
+
+def _sizes(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and 0 < int(part) <= 4096 for part in parts):
+        raise Refused(f"numbers of rows are whole numbers from 1 to 4096 with commas between them, got {text!r}")
+    return [int(part) for part in parts]
+
+
+@command
 def check(
     student: Annotated[Path, typer.Argument(help="A student folder or a run.")],
     json: Json = False,

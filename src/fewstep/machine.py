@@ -24,7 +24,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "diffusers": ("diffusers", "accelerate"),
     "evaluate": ("torchmetrics", "scipy", "sklearn", "PIL", "jinja2", "matplotlib"),
     "text": ("transformers", "peft"),
-    "data": ("datasets", "webdataset"),
+    "data": ("pyarrow",),
     "search": ("optuna", "cma"),
     "serve": ("fastapi", "uvicorn", "multipart", "prometheus_client"),
     "ui": ("gradio",),

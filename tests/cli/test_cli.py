@@ -26,6 +26,7 @@ COMMANDS = [
     "compare",
     "report",
     "verify",
+    "export",
     "check",
     "doctor",
 ]

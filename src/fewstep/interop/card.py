@@ -15,8 +15,9 @@ def card(
     table: Sequence[Mapping[str, Any]] = (),
     notes: Sequence[str] = (),
     pictures: bool = False,
+    use: Sequence[str] | None = None,
 ) -> str:
-    """README.md of a model folder, with front matter."""
+    """README.md of a model folder, with front matter; ``use`` are the lines that show how, where they are special."""
     few = contract.role == "student"
     counts = ", ".join(str(s.count) for s in contract.steps)
     name = contract.name or ("few-step student" if few else "teacher")
@@ -36,7 +37,7 @@ def card(
         lines.append(f"A multi-step generator, trained by `{contract.method}`.")
     if pictures:
         lines += ["", "![samples](samples.png)"]
-    lines += ["", "## Use", "", *_use(contract)]
+    lines += ["", "## Use", "", *(_use(contract) if use is None else use)]
     rows = [["steps", "times", "sigma", "between steps", "plain diffusers"]]
     for one in contract.steps:
         arguments = ", ".join(f"{key}={value}" for key, value in (one.call or {}).items())
@@ -70,6 +71,8 @@ def card(
         else "Unknown: the teacher's folder names none. Ask its author before you use or share this model."
     )
     lines += ["", "All facts are in `fewstep.json`; `fewstep check` runs the golden sample again."]
+    if use is not None:
+        lines[-1] = "All facts are in `fewstep.json`; inputs, with their shapes, in `program.json`."
     return "\n".join(lines) + "\n"
 
 

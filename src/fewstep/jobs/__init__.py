@@ -1,6 +1,7 @@
 """What the commands do: whole jobs, from a recipe or a folder to files. Plain functions, no terminal."""
 
 from .bits import bits
+from .exporting import export
 from .planning import plan
 from .setting import Setting, game, prepare
 from .training import distill, train, unfinished
@@ -15,6 +16,7 @@ __all__ = [
     "distill",
     "evaluate",
     "evaluate_prompts",
+    "export",
     "game",
     "plan",
     "prepare",

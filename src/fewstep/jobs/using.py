@@ -266,6 +266,8 @@ def check(student: File) -> dict[str, Any]:
 
     folder = _model(File(student))
     contract = Contract.load(folder)
+    if (folder / "program.json").is_file():
+        raise Refused(f"{folder} holds exported programs, which can hold code: check the student they were made of")
     found = check_student(folder)
     return {
         "model": str(folder),
