@@ -42,7 +42,7 @@ NET = {
 }
 BASE = {
     "name": "toy",
-    "steps": 8,
+    "steps": 6,
     "batch": 6,
     "task": {"name": "mixture", "options": {"modes": 4, "std": 0.25, "train_count": 60, "test_count": 40}},
     "teacher": {"source": "law"},
@@ -311,8 +311,12 @@ def outcome(run):
     }
 
 
-def killed(folder, number=signal.SIGKILL, size=1, count=20, seed=7):
+KILLS = os.environ.get("FEWSTEP_KILLS")  # instants in every scenario, for a longer look; None: few
+
+
+def killed(folder, number=signal.SIGKILL, size=1, count=12, seed=7):
     """Runs ended once at an instant of their lives and taken up again, against one that was left alone."""
+    count = int(KILLS or count)
     recipe = recipe_of("dmd2", steps=6, **({"parallel": {"shard": True}} if size > 1 else {}))
     (events, writing), *_ = Crew(size, lambda: life(recipe, folder / "whole", Clock()), folder / "crew").results()
     began = time.monotonic()
@@ -476,15 +480,15 @@ def measured(folder):
 
 
 def terminated(folder):
-    return killed(folder, signal.SIGTERM, count=int(os.environ.get("FEWSTEP_KILLS", "6")))
+    return killed(folder, signal.SIGTERM, count=4)
 
 
 def pair_killed(folder):
-    return killed(folder, size=2, count=int(os.environ.get("FEWSTEP_KILLS", "4")))
+    return killed(folder, size=2, count=3)
 
 
 def pair_terminated(folder):
-    return killed(folder, signal.SIGTERM, size=2, count=int(os.environ.get("FEWSTEP_KILLS", "3")))
+    return killed(folder, signal.SIGTERM, size=2, count=2)
 
 
 SCENARIOS = {

@@ -27,7 +27,7 @@ def crews(tmp_path_factory):
 @pytest.mark.parametrize("how", ["killed", "terminated", "pair_killed", "pair_terminated"])
 def test_a_run_ended_at_any_instant_goes_on_to_the_very_same_weights(crews, how):
     found = crews[how]
-    assert len(found["rows"]) >= {"killed": 20, "terminated": 6, "pair_killed": 4, "pair_terminated": 3}[how]
+    assert len(found["rows"]) >= {"killed": 12, "terminated": 4, "pair_killed": 3, "pair_terminated": 2}[how]
     for row in found["rows"]:
         assert row["same"], row
         assert row["left"] == [] and not row["checkpoints"], row

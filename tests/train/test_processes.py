@@ -23,7 +23,7 @@ def crews(tmp_path_factory):
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_have_the_losses_and_the_weights_of_one(crews, method, how):
     found = crews["equal"][f"{how}_{method}"]
-    assert found["steps"] == 8
+    assert found["steps"] == 6
     assert found["loss"] < 1e-5 and found["weights"] < 1e-6
     assert found["between"] == 0, "the processes went apart"
 
