@@ -444,7 +444,7 @@ def export_lora(
     source = File(folder).expanduser()
     contract = _student_contract(source)
     try:
-        from .lora import save_lora  # type: ignore[import-not-found, unused-ignore]
+        from .lora import save_lora
     except ImportError:
         raise Refused("this version writes no LoRA files: take --to diffusers") from None
     with written_whole(File(out), overwrite) as partial:

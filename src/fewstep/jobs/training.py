@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import platform
 import shlex
@@ -295,9 +294,8 @@ def _without_reference(
     recipe: Recipe, run: File, setting: Setting, student: Student, facts: Mapping[str, Any], watch: Watch
 ) -> Any:
     """The report of a task that has conditions and no data: the student beside its teacher alone."""
-    if importlib.util.find_spec("fewstep.evaluate.noref") is None:
-        watch.say("not evaluated: this version measures against data, and prompts are none")
-        return None
+    if setting.denoiser is None:
+        raise Refused("without data a student is measured against its teacher, and this recipe names none")
     from ..evaluate import Protocol
     from ..evaluate.noref import evaluate_without_reference
 
@@ -305,8 +303,9 @@ def _without_reference(
         student, setting.denoiser, setting.task, Protocol(**recipe.evaluate.protocol), watch=watch, seed=recipe.seed,
         cache=run / "cache",
     )  # fmt: skip
-    report.save(run)
-    write_text(run / "training.json", json.dumps(facts, indent=1))
+    if world().first:
+        report.save(run)
+        write_text(run / "training.json", json.dumps(facts, indent=1))
     return report
 
 
