@@ -111,7 +111,8 @@ def run_golden(student: Student, pipe: Any, recording: Recording, call: Mapping[
 
 
 def _finite(golden: Golden) -> Golden:
-    for name, value in [("noise", golden.noise), *golden.outputs.items()]:
+    made = {f"output_{n}": v for n, v in golden.outputs.items()}
+    for name, value in {"noise": golden.noise, **made}.items():
         if not torch.isfinite(value).all():
             raise Refused(f"this student's golden sample ({name}) holds a NaN or an infinity")
     return golden

@@ -22,7 +22,7 @@ class Enough(Exception):
 
 @dataclass
 class Watch:
-    """What was seen: calls of every part in order, steps, what the autoencoder (``decoder``: its name) was given."""
+    """What was seen: the calls of every part in order, the steps, and what the part ``decoder`` was to decode."""
 
     calls: dict[str, list[Call]] = field(default_factory=dict)
     answers: dict[str, Any] = field(default_factory=dict)

@@ -299,6 +299,7 @@ def _without_reference(
     from ..evaluate import Protocol
     from ..evaluate.noref import evaluate_without_reference
 
+    assert setting.denoiser is not None  # prompts are only taken with a teacher
     report = evaluate_without_reference(
         student, setting.denoiser, setting.task, Protocol(**recipe.evaluate.protocol), watch=watch, seed=recipe.seed,
         cache=run / "cache",
