@@ -157,14 +157,14 @@ def test_a_diffusers_network_is_recomputed_by_its_own_blocks():
     pytest.importorskip("diffusers")
     from diffusers import UNet2DModel
 
-    from fewstep.interop import Recorded
+    from fewstep.interop.recorded import Layouts, Recorded
 
     net = UNet2DModel(
         sample_size=4, in_channels=1, out_channels=1, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=4,
     )  # fmt: skip
-    teacher = Wrapped(Recorded(net, "sample", "timestep", (), {}, 1), PATH, "eps", "250 log_sigma")
+    teacher = Wrapped(Recorded(net, "sample", "timestep", Layouts(), {}), PATH, "eps", "250 log_sigma")
     results = []
     for checkpointing in (False, True):
         method = DMD2(teacher, Student.like(teacher, (1, 4, 4)), DMD2Options())
