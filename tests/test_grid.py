@@ -102,3 +102,23 @@ def test_a_grid_is_a_list_of_times(times):
 def test_a_grid_with_a_time_that_is_no_number_is_refused():
     with pytest.raises(ValueError, match="nan"):
         descending([1.0, math.nan, 0.0])
+
+
+@every_path
+def test_a_shift_holds_the_ends_and_moves_the_rest_to_higher_noise(path):
+    for kind in GRIDS:
+        plain, moved = grid(path, 5, kind), grid(path, 5, kind, shift=3.0)
+        assert moved[0] == plain[0] and moved[-1] == plain[-1]
+        assert (moved[1:-1] > plain[1:-1]).all()
+
+
+def test_a_shift_acts_once():
+    """diffusers' flow scheduler gives 1, .90, .75, .50, .009, 0 for five steps: there it acts twice at the low end."""
+    expected = [3 * t / (1 + 2 * t) for t in (1, 0.8, 0.6, 0.4, 0.2, 0)]
+    assert grid(Straight(), 5, "uniform", shift=3.0).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("shift", [0.0, -1.0, math.nan, math.inf])
+def test_a_shift_that_is_no_positive_number_is_refused(shift):
+    with pytest.raises(ValueError, match="a shift is a positive number"):
+        grid(Straight(), 3, shift=shift)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -21,6 +22,7 @@ def grid(
     rho: float = 7.0,
     low: float | None = None,
     high: float | None = None,
+    shift: float = 1.0,
 ) -> Tensor:
     """``steps + 1`` descending times in float64: the first is ``high``, the last ``path.t_min``.
 
@@ -28,13 +30,14 @@ def grid(
     ``karras``: sigma / alpha as a power ``rho`` between ``high`` and ``low`` (EDM eq. 5), then clean.
     ``logsnr``: even in log-SNR between the same ends, then clean (DPM-Solver). ``trailing``: even in the
     index of a thousand-step table, counted from its end (Lin et al. 2023, Table 2). ``low`` and ``high``
-    are times; None takes the path's ``t_low`` and ``t_max``.
+    are times; None takes the path's ``t_low`` and ``t_max``. ``shift`` moves every grid to higher noise once, its ends
+    held: ``u -> shift u / (1 + (shift - 1) u)`` in the straight time relative to the first (Esser et al. 2024, eq. 23).
 
     >>> from fewstep.path import Exploding
     >>> [round(t, 3) for t in grid(Exploding(sigma_min=0.02, sigma_max=20.0), 3).tolist()]
     [20.0, 1.435, 0.02, 0.0]
 
-    Raises ValueError for fewer than one step, or an unknown kind.
+    Raises ValueError for fewer than one step, a shift that is not positive, or an unknown kind.
     """
     if steps < 1:
         raise ValueError(f"a grid needs at least 1 step, got {steps}")
@@ -61,7 +64,24 @@ def grid(
             times[0] = top  # exact, where the level was cut because no signal is left
         case _:
             raise ValueError(f"unknown grid {kind!r}: one of {', '.join(GRIDS)}")
-    return descending(times)
+    return descending(times if shift == 1 else shifted(path, times, shift))
+
+
+def shifted(path: Path, times: Tensor, shift: float) -> Tensor:
+    """A grid moved to higher noise, its ends held; once: a shifted grid is not shifted again by its solver.
+
+    >>> from fewstep.path import Straight
+    >>> [round(t, 3) for t in grid(Straight(), 4, "uniform", shift=3.0).tolist()]
+    [1.0, 0.9, 0.75, 0.5, 0.0]
+    """
+    if not 0 < shift < math.inf:
+        raise ValueError(f"a shift is a positive number, got {shift}")
+    top = path.straight(times[0])
+    part = path.straight(times) / top
+    tau = top * shift * part / (1 + (shift - 1) * part)
+    moved = path.time(torch.log1p(-tau) - torch.log(tau))
+    moved[0], moved[-1] = times[0], times[-1]
+    return moved
 
 
 def descending(times: Tensor | tuple[float, ...] | list[float]) -> Tensor:

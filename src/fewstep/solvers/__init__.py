@@ -1,10 +1,24 @@
 """Samplers: one loop, one file per family."""
 
 from .base import Solver, State, sample, start_noise
+from .default import recommended
 from .dpm import DPM2M
 from .euler import Euler, Heun
+from .plan import SolverPlan, StepPlan
 
-__all__ = ["DPM2M", "Euler", "Heun", "Solver", "State", "sample", "solver_named", "start_noise"]
+__all__ = [
+    "DPM2M",
+    "Euler",
+    "Heun",
+    "Solver",
+    "SolverPlan",
+    "State",
+    "StepPlan",
+    "recommended",
+    "sample",
+    "solver_named",
+    "start_noise",
+]
 
 
 def solver_named(name: str) -> Solver:

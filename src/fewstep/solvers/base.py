@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from ..cond import Cond
 from ..grid import descending
 from ..path import Path
 from ..rng import Source
+
+if TYPE_CHECKING:
+    from .plan import SolverPlan
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,8 @@ class Solver(ABC):
 def sample(
     model: Any,
     x: Tensor,
-    times: Tensor | tuple[float, ...] | list[float],
-    solver: Solver,
+    times: Tensor | tuple[float, ...] | list[float] | SolverPlan,
+    solver: Solver | None = None,
     *,
     cond: Cond = None,
     rng: Source | None = None,
@@ -92,8 +95,17 @@ def sample(
     """Take x from ``times[0]`` to ``times[-1]``.
 
     ``x`` is the noisy sample itself at ``times[0]`` (see ``start_noise``), ``times`` descend, ``model`` is a
-    denoiser; ``watch(i, x)`` sees each state. Guidance, clipping and counting wrap the model.
+    denoiser; ``watch(i, x)`` sees each state. Guidance, clipping and counting wrap the model. A ``SolverPlan`` in
+    place of times brings its own solver.
     """
+    from .plan import SolverPlan
+
+    if isinstance(times, SolverPlan):
+        if solver is not None:
+            raise ValueError("a plan brings its own solver: pass the plan alone")
+        times, solver = times.times(model.path), times.solver()
+    if solver is None:
+        raise ValueError("times need a solver; a SolverPlan in their place brings its own")
     grid = tuple(descending(times).tolist())
     state = solver.init(model.path, grid)
     for i in range(len(grid) - 1):
