@@ -103,7 +103,8 @@ def sample(
     if isinstance(times, SolverPlan):
         if solver is not None:
             raise ValueError("a plan brings its own solver: pass the plan alone")
-        times, solver = times.times(model.path), times.solver()
+        plan = times
+        times, solver = plan.times(model.path), plan.solver()
     if solver is None:
         raise ValueError("times need a solver; a SolverPlan in their place brings its own")
     grid = tuple(descending(times).tolist())

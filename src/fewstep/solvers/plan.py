@@ -150,8 +150,8 @@ class Planned(Engine):
 
     def __init__(self, plan: SolverPlan) -> None:
         self.plan = plan
-        self.order = max(step.decision.order for step in plan.steps)
-        self.stochastic = any(step.churn for step in plan.steps)
+        self.order = max(step.decision.order for step in plan.steps)  # type: ignore[misc]
+        self.stochastic = any(step.churn for step in plan.steps)  # type: ignore[misc]
 
     def decide(self, path: Path, stages: tuple[Stage, ...]) -> tuple[Decision, ...]:
         if len(stages) != self.plan.nfe:
