@@ -366,22 +366,25 @@ def state(**content: Any) -> Callable[[Path], None]:
     return make
 
 
-def needs(option: str, command: str) -> None:
-    """Skip a row whose option this version does not have."""
-    import typer
-
-    from fewstep.cli import app
-
-    known = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    if command not in known or not any(option in p.opts for p in known[command].params):
-        pytest.skip(f"there is no {command} {option}")
-
-
 def prompts(content: bytes) -> Build:
     def build(here: Path) -> list[str]:
-        needs("--prompts", "distill")
         (here / "prompts.txt").write_bytes(content)
         return ["distill", "pipe", "--prompts", "prompts.txt", "--out", "new"]
+
+    return build
+
+
+WITH_DATA = ("--data", "pictures", "--method", "dmd2", "--out", "new")
+
+
+def lora(content: bytes | None, name: str = "style.safetensors") -> Build:
+    def build(here: Path) -> list[str]:
+        (here / "pictures").mkdir()
+        for k in range(4):
+            (here / "pictures" / f"{k}.png").write_bytes(saved(np.full((8, 8), 40 * k, dtype=np.uint8), "PNG"))
+        if content is not None:
+            (here / name).write_bytes(content)
+        return ["distill", "pipe", *WITH_DATA, f"teacher.lora={name}"]
 
     return build
 
@@ -571,9 +574,21 @@ CASES: list[tuple[str, Build, str]] = [
     ("run: resumed with another recipe", says("train", "run", "--resume", "steps=3"), "was started with"),
     ("run: nothing to resume", says("train", "mixture.toml", "--resume"), "nothing to resume"),
     # prompts
-    ("prompts: empty", prompts(b""), "prompt"),
-    ("prompts: binary", prompts(b"\xff\x00\xfe" * 50), "prompt"),
-    ("prompts: blank lines", prompts(b"\n \n\t\n"), "prompt"),
+    ("prompts: empty", prompts(b""), "holds no prompt"),
+    ("prompts: binary", prompts(b"\xff\x00\xfe" * 50), "is binary"),
+    ("prompts: blank lines", prompts(b"\n \n\t\n"), "holds no prompt"),
+    ("prompts: not UTF-8", prompts(b"caf\xe9\n"), "is not UTF-8"),
+    ("prompts: a control character", prompts(b"a\x1b[2Jb\n"), "control character"),
+    ("prompts: endless", prompts(b"a" * 10_001), "more than the 10000 allowed"),
+    ("prompts: a teacher that takes none", prompts(b"a cat\n"), "takes no prompts"),
+    # LoRA files, exports
+    ("lora: no file", lora(None), "is missing"),
+    ("lora: a pickle", lora(b"\x80\x04K\x01.", "style.bin"), "pickle"),
+    ("lora: no safetensors", lora(b"abc"), "style.safetensors"),
+    ("lora: rank 0", says("distill", "pipe", *WITH_DATA, "--lora", "0"), "--lora"),
+    ("export: unknown kind", says("export", "run/student", "--to", "gguf", "-o", "new"), "gguf"),
+    ("export: a model that is not there", says("export", "nowhere", "--to", "pt2", "-o", "new"), "nowhere"),
+    ("export: no adapters", says("export", "run/student", "--to", "lora", "-o", "new"), "holds no LoRA"),
 ]  # fmt: skip
 
 

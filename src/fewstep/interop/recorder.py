@@ -303,36 +303,33 @@ def _heard(pipe: Any, recording: Recording, call: Mapping[str, Any], both: bool)
     pair = recording.guidance is not None
     one_is_enough = recording.passes == 1 or (not both and recording.mix.first)
     network: Any = recording.network
-    with watched(pipe, stop=(recording.part, 1 if one_is_enough else 2)) as watch:
-        network.forward = lambda *args, **kwargs: recording.answer  # the pair's other call needs no answer of ours
+    network.forward = lambda *args, **kwargs: recording.answer  # the pair's other call needs no answer of ours
+    try:
+        calls = _entered(pipe, recording, call, 1 if one_is_enough else 2, "encode these prompts")
+    finally:
+        del network.forward
+    return recording.conditions_of(calls, pair)
+
+
+def _entered(pipe: Any, recording: Recording, call: Mapping[str, Any], count: int, what: str) -> list[Call]:
+    """The first calls of the network in a run that is stopped there; Refused where it could not do ``what``."""
+    with watched(pipe, stop=(recording.part, count)) as watch:
         try:
             with torch.no_grad():
                 pipe(**call)
         except Enough:
             pass
         except Exception as error:
-            raise Refused(f"{recording.kind} could not encode these prompts: {line_of(error)}") from None
-        finally:
-            del network.forward
+            raise Refused(f"{recording.kind} could not {what}: {line_of(error)}") from None
     calls = watch.calls.get(recording.part, [])
     if not calls:
-        raise Refused(f"{recording.kind} did not call its network for these prompts")
-    return recording.conditions_of(calls, pair)
+        raise Refused(f"{recording.kind} could not {what}: it never called its network")
+    return calls
 
 
 def first_call(pipe: Any, recording: Recording, call: Mapping[str, Any]) -> tuple[Tensor, Cond, bool]:
     """(sample, condition, whether the scheduler is given the generator) as an unguided run enters the network."""
-    with watched(pipe, stop=(recording.part, 1)) as watch:
-        try:
-            with torch.no_grad():
-                pipe(**call)
-        except Enough:
-            pass
-        except Exception as error:
-            raise Refused(f"{recording.kind} could not be run as a student: {line_of(error)}") from None
-    seen = watch.calls.get(recording.part, [])
-    if not seen:
-        raise Refused(f"{recording.kind} did not call its network as a student")
+    seen = _entered(pipe, recording, call, 1, "be run as a student")
     state = recording.form.take(seen[0].arguments[recording.state])
     prompts = call.get("prompt")
     if isinstance(prompts, list) and len(state) != len(prompts):
