@@ -102,7 +102,7 @@ def footprint(
         if fake:  # an update computes with values; its moments have a shape
             moments = [torch.zeros_like(p, dtype=torch.float32) for every in learning.values() for p in every * 2]
             if recipe.ema.decay > 0:
-                moments += [torch.zeros_like(p, dtype=torch.float32) for p in method.student.parameters()]
+                moments += [torch.zeros_like(p, dtype=torch.float32) for p in learning["student"]]  # the average
         else:
             players = {name: Player(getattr(method, name), recipe.optim_of(name)) for name in method.players}
             average = Average(method.student, 0.9) if recipe.ema.decay > 0 else None
