@@ -20,6 +20,7 @@ from fewstep.nets import build
 from fewstep.path import Exploding, Straight
 from fewstep.student import Student
 from fewstep.tasks.base import Split, Task
+from fewstep.train.average import Average
 from fewstep.train.precision import Prepared, blocks, networks
 from fewstep.train.recipe import PrecisionSection, Recipe, recipe_from
 from fewstep.train.trainer import Nobody, Trainer
@@ -246,3 +247,14 @@ def test_offload_without_a_teacher_of_its_own_is_refused():
     for option in ({"offload_teacher": True}, {"dtype": "bfloat16", "weights": "bfloat16"}):
         with pytest.raises(Refused, match="leave it out"):
             Prepared(method, PrecisionSection.model_validate(option), "cpu")
+
+
+def test_the_average_of_weights_of_sixteen_bits_does_not_stand_still():
+    """A thousand updates of share 1e-3 towards 1 from 0 leave 0.999^1000; in bfloat16 they would stop near 0.25."""
+    layer = torch.nn.Linear(1, 1, bias=False).to(torch.bfloat16)
+    torch.nn.init.zeros_(layer.weight)
+    average = Average(layer, decay=0.999, warmup=1.0)
+    torch.nn.init.ones_(layer.weight)
+    for _ in range(1000):
+        average.update()
+    assert float(average.values[0]) == pytest.approx(1 - 0.999**1000, abs=1e-3)
