@@ -65,11 +65,11 @@ def card(
         "## Licence",
         "",
     ]
-    lines.append(
-        f"{contract.licence}" + (f", inherited from the teacher (`{origin.licence}`)." if origin and few else ".")
-        if contract.licence != "unknown"
-        else "Unknown: the teacher's folder names none. Ask its author before you use or share this model."
-    )
+    if contract.licence != "unknown":
+        lines.append(contract.licence + (f", inherited from the teacher (`{origin.licence}`)." if origin and few else "."))
+    else:
+        why = "the teacher's folder names none" if few else "none was given"
+        lines.append(f"Unknown: {why}. Ask its author before you use or share this model.")
     lines += ["", "All facts are in `fewstep.json`; `fewstep check` runs the golden sample again."]
     if use is not None:
         lines[-1] = "All facts are in `fewstep.json`; inputs, with their shapes, in `program.json`."
