@@ -2,7 +2,7 @@
 
     python tests/test_docs.py      writes the generated tables again
 
-A generated table stands between ``<!-- options MODULE.CLASS -->`` (or ``command NAME``, ``methods``, ``samplers``,
+A generated table stands between ``<!-- options MODULE.CLASS -->`` (or ``changed MODULE.CLASS``, ``command NAME``, ``methods``, ``samplers``,
 ``metrics``) and ``<!-- end -->``. Links, commands and Python blocks are checked by ``scripts/check_docs.py``.
 """
 
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 MADE = re.compile(
-    r"<!-- (options|command|methods|samplers|metrics)(?: ([\w.]+))?( flat)? -->\n(.*?)<!-- end -->", re.DOTALL
+    r"<!-- (options|changed|command|methods|samplers|metrics)(?: ([\w.]+))?( flat)? -->\n(.*?)<!-- end -->", re.DOTALL
 )
 EVERYWHERE = {"--json", "--quiet", "--verbose", "--device", "--threads", "--help"}  # said once, for all commands
 
@@ -104,11 +104,20 @@ def option_rows(kind: type[BaseModel], flat: bool, head: str = "") -> Iterator[s
             yield from option_rows(part, flat, f"{head}{name}.")
 
 
+def changed(kind: type[BaseModel]) -> set[str]:
+    """The options whose default is not that of the choices that a row varies."""
+    base = kind.__bases__[0]
+    return {k for k, field in kind.model_fields.items() if field.default != base.model_fields[k].default}
+
+
 def made(what: str, about: str | None, flat: bool, page: Path) -> str:
-    if what == "options":
+    if what in ("options", "changed"):
         place, _, cls = (about or "").rpartition(".")
         kind = getattr(importlib.import_module(place), cls)
-        lines = ["| option | default | values | what it is |", "|---|---|---|---|", *option_rows(kind, flat)]
+        rows = option_rows(kind, flat)
+        if what == "changed":
+            rows = (row for row in option_rows(kind, True) if row.split("`")[1] in changed(kind))
+        lines = ["| option | default | values | what it is |", "|---|---|---|---|", *rows]
         up = "../" * (len(page.relative_to(DOCS).parts) - 1) if page.is_relative_to(DOCS) else "docs/"
         return "\n".join(lines).replace("(NOISE)", f"({up}recipes.md#noise-levels)") + "\n"
     if what == "command":
@@ -196,7 +205,11 @@ def own_methods() -> list[Any]:
 @pytest.mark.parametrize("entry", own_methods(), ids=lambda entry: entry.name)
 def test_a_method_has_a_page_with_its_options_its_evidence_and_its_papers(entry):
     text = (DOCS / "methods" / f"{entry.name}.md").read_text(encoding="utf-8")
+    row = "<!-- changed " in text  # a choice of another method's options: that page has them all
+    assert not row or "(dmd2.md)" in text
     for name, field in entry.thing.Options.model_fields.items():
+        if row and name not in changed(entry.thing.Options):
+            continue
         assert f"| `{name}` | {shown(field.get_default(call_default_factory=True))} |" in text
     assert f"Tier: {entry.tier}. Evidence: {entry.level}." in text
     for paper in entry.papers:

@@ -22,7 +22,9 @@ SETTINGS = {
         {"levels": UNIFORM, "gap": "fisher"},
         {"guidance": 2.0, "gan": GanOptions(levels=UNIFORM, r1=1.0, r1_kind="difference")},
     ],
+    "f_distill": [{"divergence": "forward_kl"}],
     "meanflow": [{"derivative": "difference", "step": 1e-2}],
+    "uni_instruct": [{"divergence": "jensen_shannon", "ratio_gradient": "paper"}, {"ratio_gradient": "weight"}],
 }
 CASES = [(entry, options) for entry in METHODS for options in ({}, *SETTINGS.get(entry.name, []))]
 every_case = pytest.mark.parametrize(
@@ -35,10 +37,18 @@ def made(entry, options, seed=0):
     """The method with a small network as its teacher, on the straight path, with three labels."""
     teacher = mlp(classes=3, seed=seed)
     reads_s = entry.name == "meanflow"
-    student = Student(
-        mlp(classes=3, reads_s=reads_s, prediction="flow" if reads_s else "x0", seed=seed + 1), (2,), classes=3
-    )
-    return entry.thing(teacher, student, entry.thing.Options(**options))
+    net = mlp(classes=3, reads_s=reads_s, prediction="flow" if reads_s else "x0", seed=seed + 1)
+    given = entry.thing.Options(**options)
+    student = Student(net, (2,), classes=3, **entry.thing.student_options(given, net.path))
+    return entry.thing(teacher, student, given)
+
+
+def nudge(module):
+    """A critic that copies the teacher pulls nowhere; neither do adapters whose second half is still zero."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
 
 
 def batch(count=8, seed=0):
@@ -83,8 +93,7 @@ def test_every_players_loss_is_one_finite_number_with_a_gradient(entry, options)
         for player in made(entry, options).players:
             method = made(entry, options)
             if player == "student" and hasattr(method, "critic"):
-                with torch.no_grad():
-                    next(method.critic.parameters()).add_(0.1)  # a copy of the teacher pulls nowhere
+                nudge(method.critic)
             loss = method.loss(player, batch(count), Rng(0))
             assert isinstance(loss, Loss)
             assert loss.total.ndim == 0
@@ -99,9 +108,8 @@ def test_every_players_loss_is_one_finite_number_with_a_gradient(entry, options)
 @every_case
 def test_the_same_seed_gives_the_same_loss_and_another_one_another(entry, options):
     method = made(entry, options)
-    with torch.no_grad():
-        for player in method.players:
-            next(getattr(method, player).parameters()).add_(0.1)  # copies of the teacher pull nowhere
+    for player in method.players:
+        nudge(getattr(method, player))
     for player in method.players:
         torch.manual_seed(1)
         first = method.loss(player, batch(), Rng(5)).total
@@ -146,4 +154,6 @@ def test_a_teacher_stays_in_evaluation_mode_and_unchanged(entry, options):
 def test_its_students_options_make_a_student(entry):
     net = mlp()
     given = entry.thing.student_options(entry.thing.Options(), net.path)
-    assert Student(net, (2,), **given).generate(torch.zeros(2, 2)).shape == (2, 2)
+    student = Student(net, (2,), **given)
+    for count in student.steps:
+        assert student.generate(torch.zeros(2, 2), rng=Rng(0), steps=count).shape == (2, 2)

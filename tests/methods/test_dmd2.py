@@ -48,10 +48,10 @@ def test_dmd_rests_when_the_student_has_the_teachers_law(path):
     mean = torch.tensor([1.0, -0.5, 0.3], dtype=torch.float64)
     teacher = Gaussian(mean, covariance=covariance, path=path)
     student = affine_student(torch.linalg.cholesky(covariance), mean, path)
-    game = DMD2(teacher, student, DMD2Options(normalise=False), critic=student.denoiser.law())
+    game = DMD2(teacher, student, DMD2Options(match_weight="none"), critic=student.denoiser.law())
     loss = game.loss("student", noise_batch(64, 3), Rng(0)).total
     assert max(g.abs().max() for g in gradients(loss, student.denoiser).values()) < 1e-12
-    wrong = DMD2(teacher, student, DMD2Options(normalise=False), critic=gaussian([1, -0.5, 0.4], [1, 1, 1], path))
+    wrong = DMD2(teacher, student, DMD2Options(match_weight="none"), critic=gaussian([1, -0.5, 0.4], [1, 1, 1], path))
     loss = wrong.loss("student", noise_batch(64, 3), Rng(0)).total
     assert max(g.abs().max() for g in gradients(loss, student.denoiser).values()) > 1e-3
 
@@ -196,7 +196,7 @@ def test_a_turn_leaves_a_gradient_in_its_player_and_in_nobody_else(gan):
 
 def test_a_sample_that_is_not_detached_would_train_the_student_on_the_critics_turn():
     game, batch = game_of(), batch_of(8)
-    x = rollout(game.student, batch.noise, None, Rng(3), grad=True, steps=1)
+    x = rollout(game.student, batch.noise, None, Rng(3), grad=True, steps=1).x
     t = torch.full((8,), 0.5)
     squared_error(game.critic(game.student.path.corrupt(x, t, batch.data), t), x).mean().backward()
     assert largest_gradient(game.student) > 0
@@ -325,7 +325,7 @@ def test_every_step_is_trained_and_only_the_last_one_carries_a_gradient():
     ends = set()
     for k in range(30):
         net.seen.clear()
-        x = rollout(student, noise_batch(4, 2, k).noise, None, Rng(k), True, 3)
+        x = rollout(student, noise_batch(4, 2, k).noise, None, Rng(k), True, 3).x
         ends.add(len(net.seen))
         assert x.requires_grad
         (slope,) = torch.autograd.grad(x.sum(), net.inner.offset)

@@ -66,7 +66,9 @@ def card(
         "",
     ]
     if contract.licence != "unknown":
-        lines.append(contract.licence + (f", inherited from the teacher (`{origin.licence}`)." if origin and few else "."))
+        lines.append(
+            contract.licence + (f", inherited from the teacher (`{origin.licence}`)." if origin and few else ".")
+        )
     else:
         why = "the teacher's folder names none" if few else "none was given"
         lines.append(f"Unknown: {why}. Ask its author before you use or share this model.")

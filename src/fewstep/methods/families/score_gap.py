@@ -1,15 +1,16 @@
 """The engine of distribution matching: move samples along the gap between two denoisers.
 
 With r = p_teacher / p_student at a noise level, an f-divergence of the noised laws has the gradient
-``E[h(r) (score_student - score_teacher) dx_t/dtheta]``, ``h(r) = r^2 f''(r)``. Papers are choices of h, of
-the weight over levels, of guidance, of the roll-out, and of what is added.
+``E[h(r) (score_student - score_teacher) dx_t/dtheta]``, ``h(r) = r^2 f''(r)``. Along the diffusion the divergence is
+the integral of ``g^2 / 2 E[h(r) ||score_student - score_teacher||^2]``: the distance that ``fisher`` descends. Papers
+are choices of h, of the order, of the weight over levels, of guidance, of the roll-out, and of what is added.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -20,7 +21,7 @@ from ...denoiser import Denoiser, Features, choose_taps
 from ...losses import batch_mean, discriminator_loss, r1_by_difference, r1_penalty
 from ...nets.heads import FeatureHead
 from ...part import Part
-from ...path import NoiseSampler, Path, column, normal
+from ...path import Coefs, NoiseSampler, Path, column, normal
 from ...rng import Rng, Source
 from ...student import Student
 
@@ -37,6 +38,17 @@ DIVERGENCES: dict[str, Callable[[Tensor], Tensor]] = {
     "chi2": lambda r: 2 * r**2,
 }
 
+# h'(r)
+SLOPES: dict[str, Callable[[Tensor], Tensor]] = {
+    "reverse_kl": torch.zeros_like,
+    "forward_kl": torch.ones_like,
+    "jensen_shannon": lambda r: 1 / (r + 1) ** 2,
+    "softened_rkl": lambda r: -1 / (r + 1) ** 2,
+    "jeffreys": torch.ones_like,
+    "hellinger": lambda r: 1 / (4 * torch.sqrt(r)),
+    "chi2": lambda r: 4 * r,
+}
+
 # the f behind each h; tests differentiate them twice
 F_OF_RATIO: dict[str, Callable[[Tensor], Tensor]] = {
     "reverse_kl": lambda r: -torch.log(r),
@@ -49,10 +61,17 @@ F_OF_RATIO: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def ratio_weight(divergence: str, logit: Tensor, bound: float = 4.0) -> Tensor:
-    """``h(r)`` of each row over its batch mean, from a discriminator's logit log r [batch, ...], held to ±bound."""
-    ratio = torch.exp(logit.detach().float().flatten(1).mean(1).clamp(-bound, bound))
-    weight = DIVERGENCES[divergence](ratio)
+def ratio_of(logit: Tensor, low: float = 0.1, high: float = 20.0) -> Tensor:
+    """The density ratio of each row, from an adversary's logit log r [batch, ...], held to [low, high]: [batch].
+
+    Means over places are taken of the logit (f-distill's code: clamped to +-10 before).
+    """
+    return torch.exp(logit.float().flatten(1).mean(1).clamp(-10, 10)).clamp(low, high)
+
+
+def ratio_weight(divergence: str, ratio: Tensor) -> Tensor:
+    """``h(r)`` of each row over its batch mean; no gradient."""
+    weight = DIVERGENCES[divergence](ratio.detach())
     return weight / batch_mean(weight).clamp(min=1e-8)
 
 
@@ -64,29 +83,120 @@ def gap(x: Tensor, fake: Tensor, real: Tensor, normalise: bool = True) -> Tensor
     """
     direction = fake - real
     if normalise:
-        size = (x - real).abs().flatten(1).mean(1).clamp(min=1e-6)
-        direction = direction / column(size, x)
+        direction = direction / column(error_size(x, real), x)
     return torch.nan_to_num(direction)
 
 
-def fisher(x: Tensor, fake: Tensor, real: Tensor, c: float) -> Tensor:
+def error_size(x: Tensor, real: Tensor) -> Tensor:
+    """The mean size of the teacher's error in each row: [batch]."""
+    return (x - real).abs().flatten(1).mean(1).clamp(min=1e-6)
+
+
+def fisher(clean: Tensor, fake: Tensor, real: Tensor, c: float = 0.0, a: float = 1.0) -> Tensor:
     """A loss a row whose gradient lowers the distance of the two scores, with no derivative of the critic's weights.
 
-    ``-<y / sqrt(||y||^2 + c^2), fake - x>`` with ``y = fake - real``, guesses of x0 by critic and teacher at a
-    noised x: score implicit matching with the pseudo-Huber distance (Luo et al. 2024, Theorem 3.1). The
-    gradient goes through x, through the noised sample and so through the *inputs* of both networks: nothing is
-    stopped. c = 0 takes ``y`` itself: the squared distance.
+    ``(1 - a) ||y||^2 - <y, fake - clean>`` with ``y = fake - real``, guesses of x0 by critic and teacher at a noised
+    x, and ``clean`` what the critic would have been shown there (``Anchor.noised``). Times ``2 alpha^2 / sigma^4`` it
+    has the gradient of ``E ||score_student - score_teacher||^2``: all of it at a = 1/2, with the density of the samples
+    held still at a = 1, which is score implicit matching (Luo et al. 2024, Theorem 3.1); SiD takes a = 1.2 (Zhou et al.
+    2024). The gradient goes through the sample, through the noised sample and so through the *inputs* of both networks:
+    nothing is stopped. ``c > 0``, for a = 1 alone, is the pseudo-Huber distance: ``y / sqrt(||y||^2 + c^2)`` for y.
     """
     y = (fake - real).flatten(1)
-    along = (y * (fake - x).flatten(1)).sum(1)
-    return -along / torch.sqrt(y.square().sum(1) + c**2) if c > 0 else -along
+    along, size = (y * (fake - clean).flatten(1)).sum(1), y.square().sum(1)
+    if c > 0:
+        if a != 1:
+            raise ValueError(f"the robust distance holds the density still: it needs a = 1, got {a:g}")
+        return -along / torch.sqrt(size + c**2)
+    return -along if a == 1 else (1 - a) * size - along
 
 
-def rollout(student: Student, noise: Tensor, cond: Cond, rng: Source, grad: bool, steps: int) -> Tensor:
+RatioGradient = Literal["weight", "exact", "stop", "paper"]
+"""``weight``: h multiplies the loss of reverse KL; the others: see ``weighted_fisher``."""
+
+
+def weighted_fisher(
+    x_t: Tensor,
+    clean: Tensor,
+    fake: Tensor,
+    real: Tensor,
+    ratio: Tensor,
+    divergence: str,
+    gradient: RatioGradient = "exact",
+) -> Tensor:
+    """``fisher`` of another divergence, ``E h(r) ||score_student - score_teacher||^2``; a loss a row.
+
+    ``(h - r h') / 2 ||y||^2 - h <y, fake - clean>``, the ratio [batch] a differentiable function of x_t: exact, because
+    ``dr/dx_t = -r (score_student - score_teacher)``, and the same as ``fisher`` at a = 1/2 where h = 1 (Uni-Instruct,
+    Wang et al. 2025). ``stop`` holds the ratio still, which is not exact: it moves means rightly and spreads wrongly.
+    ``paper`` adds to ``stop`` the correction that the published code is read to have, ``r^2 h'' ||y|| y`` at x_t, one
+    power of ``||y||`` short of the exact one and nothing for forward KL. Rows are over the batch
+    mean of h.
+    """
+    r = ratio if gradient == "exact" else ratio.detach()
+    y = (fake - real).flatten(1)
+    along, size = (y * (fake - clean).flatten(1)).sum(1), y.square().sum(1)
+    h, slope = DIVERGENCES[divergence](r), SLOPES[divergence](r)
+    loss = (h - r * slope) / 2 * size - h * along
+    if gradient == "paper":
+        curve = torch.func.vmap(torch.func.grad(SLOPES[divergence]))(r)
+        push = (r**2 * curve * size.sqrt() / 2).detach()
+        loss = loss + push * (y.detach() * x_t.flatten(1)).sum(1)
+    return loss / batch_mean(h.detach()).clamp(min=1e-8)
+
+
+class Anchor(NamedTuple):
+    """Where a roll-out stops: the sample [batch, *shape] at time ``s``, and the student's guess of the clean one."""
+
+    x: Tensor
+    s: float
+    guess: Tensor
+
+    def noised(self, path: Path, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+        """(x_t, clean): the sample taken on to the noisier t [batch], and the target of a critic there.
+
+        ``clean`` is the unbiased target of a denoiser of the law of x_t that never saw a clean sample,
+        ``x_s / alpha_s - alpha_t sigma_s^2 / (alpha_s^2 sigma_ts) eps`` with ``sigma_ts`` the noise added between s
+        and t: its conditional mean is ``(x_t + sigma_t^2 score) / alpha_t``. At s = 0 it is the sample itself.
+        """
+        if self.s <= path.t_min:
+            return path.corrupt(self.x, t, eps), self.x
+        keep, added, here, there = self._between(path, t)
+        noise = there.alpha * here.sigma**2 / (here.alpha**2 * added)
+        x_t = column(keep.to(eps), eps) * self.x + column(added.to(eps), eps) * eps
+        return x_t, self.x / float(here.alpha) - column(noise.to(eps), eps) * eps
+
+    def share(self, path: Path, t: Tensor) -> Tensor | float:
+        """``sigma_ts^2 / sigma_t^2``: the factor that keeps the critic's loss bounded as t comes down to s."""
+        if self.s <= path.t_min:
+            return 1.0
+        _, added, _, there = self._between(path, t)
+        return ((added / there.sigma) ** 2).to(t)
+
+    def above(self, path: Path, t: Tensor) -> Tensor:
+        """Drawn times brought into (s, t_max], in proportion."""
+        if self.s <= path.t_min:
+            return t
+        low = self.s + 1e-3 * (path.t_max - self.s)
+        return low + (t - path.t_min) * (path.t_max - low) / (path.t_max - path.t_min)
+
+    def _between(self, path: Path, t: Tensor) -> tuple[Tensor, Tensor, Coefs, Coefs]:
+        here, there = path.coefs(self.s), path.coefs(t)
+        keep = there.alpha / here.alpha
+        return keep, torch.sqrt((there.sigma**2 - keep**2 * here.sigma**2).clamp(min=1e-12)), here, there
+
+
+Stop = Literal["clean", "next"]
+
+
+def rollout(
+    student: Student, noise: Tensor, cond: Cond, rng: Source, grad: bool, steps: int, stop: Stop = "clean"
+) -> Anchor:
     """A sample of the student, as it will be asked for one.
 
     With several steps one of them is drawn; the student's own earlier steps make its input without a
-    gradient (backward simulation, DMD2 Sec. 4.5), so that training and use meet the same inputs.
+    gradient (backward simulation, DMD2 Sec. 4.5), so that training and use meet the same inputs. It stops at the
+    ``clean`` guess of that step, or at the ``next`` time of a student that follows the flow (TDM, Sec. 4.1).
     """
     times = student.times(steps)
     last = 0
@@ -101,8 +211,12 @@ def rollout(student: Student, noise: Tensor, cond: Cond, rng: Source, grad: bool
             else:
                 x = student(x, times[i], times[i + 1], cond)
     with torch.set_grad_enabled(grad):
-        sample: Tensor = student(x, times[last], path.t_min, cond, "x0")
-    return sample
+        if stop == "clean" or last == len(times) - 1:
+            sample: Tensor = student(x, times[last], path.t_min, cond, "x0")
+            return Anchor(sample, path.t_min, sample)
+        t, s = times[last], times[last + 1]
+        slope = student(x, t, s, cond, path.slope)
+        return Anchor(path.move(x, slope, t, s), s, path.convert(slope, x, t, path.slope, "x0"))
 
 
 class GanOptions(Part):

@@ -1,0 +1,280 @@
+"""The game of distribution matching: a student follows the gap between teacher and critic; papers are its options."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ...adapters import LoraOptions, adapted, options_of
+from ...cond import join
+from ...denoiser import Denoiser, Guided
+from ...losses import distance, generator_loss, squared_error, stopped_pull
+from ...method import Batch, Loss, Method, PairOptions
+from ...part import Part
+from ...path import NoiseSampler, Path, karras_time, normal
+from ...rng import Source
+from ...student import Student, trainable_copy
+from ..denoising import Weight, level_weight
+from .score_gap import (
+    Adversary,
+    Anchor,
+    Divergence,
+    GanOptions,
+    RatioGradient,
+    Stop,
+    error_size,
+    fisher,
+    gap,
+    one_in,
+    ratio_of,
+    ratio_weight,
+    rollout,
+    same_path,
+    still,
+    weighted_fisher,
+)
+
+
+class MatchingOptions(Part):
+    critic_turns: int = Field(5, ge=1, description="critic updates before each student update (TTUR)")
+    levels: NoiseSampler = Field(NoiseSampler(kind="karras", low=0.02, high=0.98), description="where laws are matched")
+    critic_levels: NoiseSampler = Field(NoiseSampler(kind="log_normal", std=1.2), description="where the critic learns")
+    critic_weight: Weight = Field("edm", description="of the critic's squared error in the clean sample")
+    data_std: float = Field(1.0, gt=0, description="spread of the data, for the critic's weight")
+    gap: Literal["kl", "fisher"] = Field(
+        "kl",
+        description="descend the divergence itself, or the distance of the scores (SIM): keeps more modes, costs more",
+    )
+    fisher_c: float = Field(0.01, ge=0, description="pseudo-Huber constant of the scores' distance; 0: squares")
+    fisher_a: float = Field(
+        1.0, ge=0, le=2, description="of squared distances: 0.5 all of the gradient, 1 with the density held, 1.2 SiD"
+    )
+    match_weight: Literal["error", "none", "noise"] = Field(
+        "error", description='of a row: "error" over the teacher\'s error (DMD), "noise" alpha sigma (SwiftBrush)'
+    )
+    divergence: Divergence = Field("reverse_kl", description="others weigh by the adversary's density ratio")
+    ratio_gradient: RatioGradient = Field(
+        "weight", description='with "fisher" and another divergence: the ratio as a weight, or its exact gradient'
+    )
+    ratio_range: tuple[float, float] = Field((0.1, 20.0), description="the density ratio is held in it")
+    guidance: float = Field(1.0, ge=0, description="scale on the teacher's guess")
+    guide_critic: bool = Field(False, description="guide the critic's guess too, in the student's turn")
+    gan: GanOptions | None = Field(None, description="an adversary on noised samples; None: off")
+    pairs: PairOptions | None = Field(None, description="noise-image pairs to regress on beside the match")
+    pairs_weight: float = Field(0.25, ge=0, description="of the pairs' distance beside the match")
+    pairs_distance: Literal["huber", "l2", "l1"] = Field(
+        "l2", description="huber is of the whole sample, the others means"
+    )
+    huber_c: float = Field(0.24, ge=0, description="of the pairs' huber: below this length of the error, quadratic")
+    critic_lora: LoraOptions | Literal["student", "off"] = Field(
+        "student", description="the critic's adapters: a table, the student's own, or off for a full copy"
+    )
+    start: float | None = Field(None, gt=0, description="time of the first step; None: the path's end")
+    steps: int = Field(1, ge=1, description="steps that the student takes")
+    times: tuple[float, ...] | None = Field(None, description="their times; None: even on the rho = 7 grid from start")
+    stop: Stop = Field(
+        "clean",
+        description="laws are matched from a step's clean guess, or from the next time on the flow (TDM)",
+    )
+
+
+class Critic(nn.Module):
+    """The denoiser of the student's own samples, and the adversary's head: one player."""
+
+    def __init__(self, denoiser: Denoiser, adversary: Adversary | None) -> None:
+        super().__init__()
+        self.denoiser, self.adversary = denoiser, adversary
+
+    def forward(self, *args: Any) -> Any:
+        return self.denoiser(*args)
+
+
+class Matching(Method):
+    """Student and critic play in turns; the teacher never moves.
+
+    Student: descend ``<(D_critic(x_t) - D_teacher(x_t)) / mean|x - D_teacher|, x>``, the gradient of
+    KL(student, teacher) over noise levels, plus ``softplus(-logit(x_t))``. Critic: learn to denoise the
+    student's samples, and to tell them from real ones on its features. One pass of the critic serves both
+    of a player's terms.
+    """
+
+    Options = MatchingOptions
+    players = ("student", "critic")
+    guides = True
+
+    def __init__(
+        self,
+        teacher: Any,
+        student: Student,
+        options: Part | None = None,
+        *,
+        critic: Denoiser | None = None,
+    ) -> None:
+        super().__init__(teacher, student, options)
+        same_path(teacher.path, student)
+        gan = self.options.gan
+        self._check(student)
+        denoiser = self._first_critic(teacher, student) if critic is None else critic
+        reads = None if gan is None else denoiser if gan.on == "critic" else teacher
+        adversary = None if gan is None or reads is None else Adversary(reads, student.shape, gan, student.classes)
+        self.critic = Critic(denoiser, adversary)
+        self.real = self._guided(teacher)
+
+    def _check(self, student: Student) -> None:
+        """ValueError where options contradict each other."""
+        options = self.options
+        if options.divergence != "reverse_kl" and options.gan is None:
+            raise ValueError(f"divergence {options.divergence!r} needs the density ratio of an adversary: set gan")
+        if options.ratio_gradient != "weight" and options.gap != "fisher":
+            raise ValueError(f"ratio_gradient {options.ratio_gradient!r} is of gap 'fisher', got {options.gap!r}")
+        if options.gap == "fisher" and options.fisher_a != 1 and options.fisher_c > 0:
+            raise ValueError(f"fisher_a {options.fisher_a:g} is of squared distances: set fisher_c = 0")
+        if options.stop == "next" and options.steps > 1 and student.policy != "ode":
+            raise ValueError("stop 'next' is of a student that follows the flow between its steps, this one renoises")
+        if options.stop == "next" and options.gan is not None:
+            raise ValueError("stop 'next' has no clean samples for an adversary to see: leave gan off")
+
+    def _guided(self, denoiser: Any) -> Any:
+        return denoiser if self.options.guidance == 1 else Guided(denoiser, self.options.guidance)
+
+    def _first_critic(self, teacher: Any, student: Student) -> Denoiser:
+        """The teacher again, as a copy or as adapters on its weights."""
+        learnt = any(True for _ in teacher.parameters())  # an exact law has nothing that could learn
+        wanted = self.options.critic_lora
+        lora = options_of(student) if wanted == "student" else None if wanted == "off" else wanted
+        first: Denoiser
+        if lora is None or not learnt:
+            first = trainable_copy(teacher if learnt else student.denoiser)
+        else:
+            first = adapted(teacher, lora).train()
+        return first
+
+    def turns(self, step: int) -> tuple[str, ...]:
+        return ("critic",) * self.options.critic_turns + ("student",)
+
+    def pairs(self) -> PairOptions | None:
+        pairs: PairOptions | None = self.options.pairs
+        return pairs
+
+    def loss(self, player: str, batch: Batch, rng: Source) -> Loss:
+        options = self.options
+        anchor = rollout(self.student, batch.noise, batch.cond, rng, player == "student", options.steps, options.stop)
+        if player == "critic":
+            return self._critic(anchor, batch, rng)
+        with still(self.critic):
+            return self._student(anchor, batch, rng)
+
+    def _student(self, anchor: Anchor, batch: Batch, rng: Source) -> Loss:
+        options, path, gan = self.options, self.student.path, self.options.gan
+        x = anchor.x
+        t = anchor.above(path, options.levels.on(path)(x, rng))
+        noise = normal(x, rng)
+        x_t, clean = anchor.noised(path, t, noise)
+        parts: dict[str, Tensor] = {}
+        weights = {"gan": gan.student, "pairs": options.pairs_weight} if gan else {"pairs": options.pairs_weight}
+        adversary, ratio = self.critic.adversary, None
+        shared = adversary is not None and gan.on == "critic" and gan.levels is None and not options.guide_critic
+        through = options.gap == "fisher"
+        if shared:
+            fake, features = self.critic(x_t, t, batch.cond, "both")
+        else:
+            with torch.set_grad_enabled(through):
+                fake = (self._guided(self.critic.denoiser) if options.guide_critic else self.critic)(x_t, t, batch.cond)
+        if adversary is not None:
+            if not shared:
+                features = self._seen(x, t, noise, batch, rng)
+            logits = adversary(features, batch.cond)
+            parts["gan"] = generator_loss(logits)
+            if options.divergence != "reverse_kl":
+                ratio = ratio_of(logits, *options.ratio_range)
+        with torch.set_grad_enabled(through):
+            real = self.real(x_t, t, batch.cond)
+        parts["match"] = self._match(anchor, x_t, clean, t, fake, real, ratio)
+        if batch.target is not None and options.pairs is not None:
+            first = (
+                x
+                if len(self.student.times(options.steps)) == 1
+                else self.student(self.student.start_scale * batch.noise, self.student.start, path.t_min, batch.cond)
+            )
+            parts["pairs"] = distance(options.pairs_distance, first, batch.target, options.huber_c)
+        return Loss.mean(parts, weights)
+
+    def _match(
+        self, anchor: Anchor, x_t: Tensor, clean: Tensor, t: Tensor, fake: Tensor, real: Tensor, ratio: Tensor | None
+    ) -> Tensor:
+        """The matching loss of each row."""
+        options = self.options
+        noise = self.student.path.at(t, anchor.x) if options.match_weight == "noise" else None
+        if options.gap == "kl":
+            direction = gap(anchor.guess, fake.detach(), real, options.match_weight == "error")
+            if noise is not None:
+                direction = noise.alpha * noise.sigma * direction
+            pull = stopped_pull(anchor.x, direction)
+            return pull if ratio is None else ratio_weight(options.divergence, ratio) * pull
+        if ratio is not None and options.ratio_gradient != "weight":
+            loss = weighted_fisher(x_t, clean, fake, real, ratio, options.divergence, options.ratio_gradient)
+        else:
+            loss = fisher(clean, fake, real, options.fisher_c, options.fisher_a)
+            if ratio is not None:
+                loss = ratio_weight(options.divergence, ratio) * loss
+            if options.fisher_c > 0:  # over its own length already
+                return loss
+        if noise is not None:
+            return (noise.alpha * noise.sigma).flatten() * loss
+        if options.match_weight == "error":
+            return loss / error_size(anchor.guess, real).detach() / real[0].numel()
+        return loss
+
+    def _seen(self, x: Tensor, t: Tensor, noise: Tensor, batch: Batch, rng: Source) -> Any:
+        """Features of fake samples as the adversary sees them, with a gradient to x."""
+        gan = self.options.gan
+        if gan.levels is not None:
+            t, noise = gan.levels.on(self.student.path)(x, rng), normal(x, rng)
+        reads = self.critic if gan.on == "critic" else self.teacher
+        return reads(self.student.path.corrupt(x, t, noise), t, batch.cond, "features")
+
+    def _critic(self, anchor: Anchor, batch: Batch, rng: Source) -> Loss:
+        options, path, gan = self.options, self.student.path, self.options.gan
+        x = anchor.x
+        t = anchor.above(path, options.critic_levels.on(path)(x, rng))
+        x_t, clean = anchor.noised(path, t, normal(x, rng))
+        error = level_weight(options.critic_weight, path, t, options.data_std) * anchor.share(path, t)
+        adversary = self.critic.adversary
+        if adversary is None:
+            return Loss.mean({"critic": error * squared_error(self.critic(x_t, t, batch.cond), clean)})
+        weights = {"tell": gan.critic, "r1": gan.critic}
+        u = (gan.levels or options.levels).on(path)(x, rng)
+        real_t = path.corrupt(batch.data, u, normal(x, rng))
+        fake_t = path.corrupt(x, u, normal(x, rng))
+        cond, times = join(batch.cond, batch.cond), torch.cat([u, u])
+        reads = self.critic if gan.on == "critic" else self.teacher
+        with torch.set_grad_enabled(gan.on == "critic"):
+            features = reads(torch.cat([real_t, fake_t]), times, cond, "features")
+        parts = {
+            "critic": error * squared_error(self.critic(x_t, t, batch.cond), clean),
+            "tell": adversary.critic_loss(features, cond),
+        }
+        if gan.r1 > 0 and one_in(gan.r1_every, rng):
+            parts["r1"] = adversary.penalty(reads, real_t, u, batch.cond, rng)
+        return Loss.mean(parts, weights)
+
+    @classmethod
+    def reads_data(cls, options: Any) -> bool:
+        """Only the adversary sees real samples."""
+        return options.gan is not None
+
+    @classmethod
+    def student_options(cls, options: Any, path: Path) -> dict[str, Any]:
+        start = path.t_max if options.start is None else options.start
+        if options.steps == 1:
+            return {"start": start}
+        times = options.times
+        if times is None:
+            parts = torch.linspace(1, 0, options.steps + 1, dtype=torch.float64)[:-1]
+            times = (start, *karras_time(path, parts, high=start)[1:].tolist())
+        if options.stop == "next":  # its first guess alone is no sample
+            return {"start": start, "steps": {options.steps: tuple(times)}, "policy": "ode"}
+        return {"start": start, "steps": {1: (start,), options.steps: tuple(times)}, "policy": "renoise"}

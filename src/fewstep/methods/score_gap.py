@@ -1,0 +1,113 @@
+"""Papers that are a choice of options of the score-gap game (``families/matching.py``)."""
+
+from __future__ import annotations
+
+from ..adapters import LoraOptions
+from ..part import variant
+from ..path import NoiseSampler
+from ..registry import Paper, method
+from .families.matching import Matching, MatchingOptions
+from .families.score_gap import GanOptions
+
+BELOW = NoiseSampler(kind="karras", high=0.8)
+UNIFORM = NoiseSampler(kind="uniform", low=0.02, high=0.98)
+
+SIMOptions = variant(MatchingOptions, "SIMOptions", gap="fisher", critic_turns=1, levels=BELOW)
+SiDOptions = variant(
+    MatchingOptions, "SiDOptions", gap="fisher", fisher_a=1.2, fisher_c=0.0, critic_turns=1, levels=BELOW
+)
+UniInstructOptions = variant(
+    MatchingOptions,
+    "UniInstructOptions",
+    gap="fisher",
+    fisher_a=0.5,
+    fisher_c=0.0,
+    divergence="forward_kl",
+    ratio_gradient="exact",
+    critic_turns=1,
+    levels=BELOW,
+    gan=GanOptions(student=0.01, critic=1.0),
+)
+FDistillOptions = variant(MatchingOptions, "FDistillOptions", divergence="jensen_shannon", gan=GanOptions())
+SwiftBrushOptions = variant(
+    MatchingOptions,
+    "SwiftBrushOptions",
+    critic_turns=1,
+    levels=UNIFORM,
+    critic_levels=NoiseSampler(kind="uniform"),
+    critic_weight="snr",
+    match_weight="noise",
+    guidance=4.5,
+    guide_critic=True,
+    critic_lora=LoraOptions(rank=64, alpha=108, targets="all"),
+)
+TDMOptions = variant(
+    MatchingOptions, "TDMOptions", critic_turns=1, steps=4, stop="next", levels=NoiseSampler(kind="uniform", high=0.99)
+)
+
+
+@method(
+    "sim",
+    Paper("2410.16794", "One-Step Diffusion Distillation through Score Implicit Matching", "SIM"),
+    level="exact",
+)
+class SIM(Matching):
+    """Score implicit matching: descend a robust distance between the scores of student and teacher."""
+
+    Options = SIMOptions
+
+
+@method(
+    "sid",
+    Paper("2404.04057", "Score identity Distillation: Exponentially Fast Distillation of Diffusion Models", "SiD"),
+    level="exact",
+)
+class SiD(Matching):
+    """Score identity distillation: the squared distance of scores, more than its exact gradient's share of one term."""
+
+    Options = SiDOptions
+
+
+@method(
+    "uni_instruct",
+    Paper("2505.20755", "Uni-Instruct: One-step Diffusion Model through Unified Diffusion Divergence", "Uni-Instruct"),
+    level="exact",
+)
+class UniInstruct(Matching):
+    """The distance of scores weighed by the density ratio, with its whole gradient: an f-divergence of clean laws."""
+
+    Options = UniInstructOptions
+
+
+@method(
+    "f_distill",
+    Paper("2502.15681", "One-step Diffusion Models with f-Divergence Distribution Matching", "f-distill"),
+    level="exact",
+)
+class FDistill(Matching):
+    """DMD2 with each row's gap weighed by ``h(r)`` of another divergence; the ratio r is the adversary's."""
+
+    Options = FDistillOptions
+
+
+@method(
+    "swiftbrush",
+    Paper("2312.05239", "SwiftBrush: One-Step Text-to-Image Diffusion Model with Variational Score Distillation",
+          "SwiftBrush"),
+    level="exact",
+)  # fmt: skip
+class SwiftBrush(Matching):
+    """Variational score distillation from prompts alone: teacher and LoRA critic guided alike, no images."""
+
+    Options = SwiftBrushOptions
+
+
+@method(
+    "tdm",
+    Paper("2503.06674", "Learning Few-Step Diffusion Models by Trajectory Distribution Matching", "TDM"),
+    level="exact",
+)
+class TDM(Matching):
+    """Trajectory distribution matching: each of a few deterministic steps ends in the teacher's law at its level."""
+
+    Options = TDMOptions
