@@ -2,8 +2,9 @@
 
     python tests/test_docs.py      writes the generated tables again
 
-A generated table stands between ``<!-- options MODULE.CLASS -->`` (or ``changed MODULE.CLASS``, ``command NAME``, ``methods``, ``samplers``,
-``metrics``) and ``<!-- end -->``. Links, commands and Python blocks are checked by ``scripts/check_docs.py``.
+A generated table stands between ``<!-- options MODULE.CLASS -->`` (or ``changed MODULE.CLASS``, ``command NAME``,
+``methods``, ``samplers``, ``metrics``) and ``<!-- end -->``. Links, commands and Python blocks are checked by
+``scripts/check_docs.py``.
 """
 
 from __future__ import annotations
