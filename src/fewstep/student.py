@@ -103,9 +103,9 @@ class Student(nn.Module):
             raise ValueError(f"this student was trained for {known} step(s), got {steps}: pass one of those")
         return self.steps[steps]
 
-    def generate(self, noise: Tensor, cond: Cond = None, rng: Source | None = None, steps: int = 1) -> Tensor:
-        """Samples from standard normal noise [batch, *shape] in ``steps`` calls."""
-        times = self.times(steps)
+    def generate(self, noise: Tensor, cond: Cond = None, rng: Source | None = None, steps: int | None = None) -> Tensor:
+        """Samples from standard normal noise [batch, *shape] in ``steps`` calls; None: in the fewest."""
+        times = self.times(min(self.steps) if steps is None else steps)
         x = self.start_scale * noise
         for i, t in enumerate(times):
             last = i == len(times) - 1

@@ -104,7 +104,8 @@ def _consistency(student: Student, setting: Setting) -> Plain:
     count, rho = karras_grid(student.start, one.boundary, inner)
     steps = dict(student.steps)
     calls: dict[int, dict[str, Any] | None] = dict.fromkeys(steps)
-    calls[1] = {"num_inference_steps": 1} if 1 in steps else None
+    if 1 in steps:
+        calls[1] = {"num_inference_steps": 1}
     for n, times in several.items():
         index = [_karras_index(t, student.start, one.boundary, count, rho) for t in times]
         if len(set(index)) < n:

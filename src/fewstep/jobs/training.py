@@ -372,4 +372,4 @@ def _sheet(student: Student, task: Task, seed: int) -> Any:
     noise = Rng(seed, "sheet").normal((count, *student.shape)).to(device)
     from ..cond import move
 
-    return task.pictures(student.generate(noise, move(cond, device)).cpu())
+    return task.pictures(student.generate(noise, move(cond, device), Rng(seed, "sheet steps", device=device)).cpu())

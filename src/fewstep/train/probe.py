@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..cond import Cond, move
 from ..grid import grid
+from ..rng import Rng
 from ..solvers import DPM2M, sample, start_noise
 from ..student import Student
 from ..tasks.base import Task
@@ -72,7 +73,7 @@ class Prober:
                 x = start_noise(student.path, float(times[0]), noise)
                 samples = sample(student.denoiser, x, times, DPM2M(), cond=cond).float().cpu()
             else:
-                samples = student.generate(noise, cond).float().cpu()
+                samples = student.generate(noise, cond, Rng(0, "probe", device=device)).float().cpu()
         student.train(training)
         here = self._facts(samples)
         if self.facts is None:
