@@ -22,6 +22,7 @@ SETTINGS = {
         {"levels": UNIFORM, "gap": "fisher"},
         {"guidance": 2.0, "gan": GanOptions(levels=UNIFORM, r1=1.0, r1_kind="difference")},
     ],
+    "disback": [{"backtrack": {"states": 2, "every": 1, "interval": 1}}],
     "f_distill": [{"divergence": "forward_kl"}],
     "meanflow": [{"derivative": "difference", "step": 1e-2}],
     "uni_instruct": [{"divergence": "jensen_shannon", "ratio_gradient": "paper"}, {"ratio_gradient": "weight"}],
@@ -40,7 +41,9 @@ def made(entry, options, seed=0):
     net = mlp(classes=3, reads_s=reads_s, prediction="flow" if reads_s else "x0", seed=seed + 1)
     given = entry.thing.Options(**options)
     student = Student(net, (2,), classes=3, **entry.thing.student_options(given, net.path))
-    return entry.thing(teacher, student, given)
+    method = entry.thing(teacher, student, given)
+    method.step = 10_000 if entry.name == "disback" else 0  # behind the steps in which its student stands still
+    return method
 
 
 def nudge(module):

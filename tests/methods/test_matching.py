@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from games import Affine, Script, affine_student, gradients, mlp, sigma_points
+from games import Affine, Script, affine_student, batch_of, gradients, mlp, play, sigma_points
 from laws import seeded, spd
 
 from fewstep.denoiser import Guided
@@ -21,7 +21,7 @@ from fewstep.methods.families.score_gap import (
     rollout,
     weighted_fisher,
 )
-from fewstep.methods.score_gap import TDM, SwiftBrush, SwiftBrushOptions, TDMOptions
+from fewstep.methods.score_gap import TDM, DisBack, DisBackOptions, SwiftBrush, SwiftBrushOptions, TDMOptions
 from fewstep.path import Exploding, NoiseSampler, Straight, Trigonometric
 from fewstep.rng import Rng
 from fewstep.student import Student
@@ -372,6 +372,40 @@ def test_swiftbrush_with_exact_scores_reaches_a_gaussian_and_without_a_critic_lo
     assert divergence < 1e-3
     _, collapsed = trained(False, 300)
     assert collapsed < 0.3 * spread
+
+
+def weights(module):
+    return [p.detach().clone() for p in module.parameters()]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_disback_records_the_critics_way_to_the_untrained_student_and_walks_it_back():
+    """Two still steps a state: s'_1 and s'_2 are kept, s'_3 is the critic; then s'_2, s'_1 and the teacher teach."""
+    teacher, student = mlp(), Student(mlp(seed=1), (2,))
+    options = DisBackOptions(critic_turns=2, backtrack={"states": 3, "every": 4, "interval": 2})
+    game = DisBack(teacher, student, options)
+    seen, first = [], weights(student)
+
+    def draw(step, turn):
+        if turn == 0:
+            seen.append((weights(game.critic), same(weights(student), first), game._target() if step >= 6 else None))
+        return batch_of(8, seed=step)
+
+    play(game, draw, 12)
+    assert [still for _, still, _ in seen[:8]] == [True] * 7 + [False]  # the first move is seen a step later
+    assert same(weights(game.way[0]), seen[2][0])
+    assert same(weights(game.way[1]), seen[4][0])
+    assert not same(weights(game.way[1]), weights(game.way[0]))
+    order = [target for _, _, target in seen[6:]]
+    assert order == [game.way[1]] * 2 + [game.way[0]] * 2 + [teacher] * 2
+    assert not any(p.requires_grad for p in game.way.parameters())
+    assert not any(m.training for m in game.train().way.modules())
+    other = DisBack(teacher, student, options)
+    other.load_state_dict(game.state_dict())
+    assert same(weights(other.way), weights(game.way))
 
 
 def test_options_that_contradict_each_other_are_refused():

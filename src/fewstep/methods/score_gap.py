@@ -6,7 +6,7 @@ from ..adapters import LoraOptions
 from ..part import variant
 from ..path import NoiseSampler
 from ..registry import Paper, method
-from .families.matching import Matching, MatchingOptions
+from .families.matching import BacktrackOptions, Matching, MatchingOptions
 from .families.score_gap import GanOptions
 
 BELOW = NoiseSampler(kind="karras", high=0.8)
@@ -41,6 +41,7 @@ SwiftBrushOptions = variant(
     guide_critic=True,
     critic_lora=LoraOptions(rank=64, alpha=108, targets="all"),
 )
+DisBackOptions = variant(MatchingOptions, "DisBackOptions", backtrack=BacktrackOptions())
 TDMOptions = variant(
     MatchingOptions, "TDMOptions", critic_turns=1, steps=4, stop="next", levels=NoiseSampler(kind="uniform", high=0.99)
 )
@@ -111,3 +112,15 @@ class TDM(Matching):
     """Trajectory distribution matching: each of a few deterministic steps ends in the teacher's law at its level."""
 
     Options = TDMOptions
+
+
+@method(
+    "disback",
+    Paper("2408.15991", "Distribution Backtracking Builds A Faster Convergence Trajectory for Diffusion Distillation",
+          "DisBack"),
+    level="exact",
+)  # fmt: skip
+class DisBack(Matching):
+    """Distribution backtracking: the way from the student's law to the teacher's is recorded, then walked back."""
+
+    Options = DisBackOptions

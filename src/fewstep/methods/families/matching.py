@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import math
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field
@@ -16,7 +17,7 @@ from ...method import Batch, Loss, Method, PairOptions
 from ...part import Part
 from ...path import NoiseSampler, Path, karras_time, normal
 from ...rng import Source
-from ...student import Student, trainable_copy
+from ...student import Student, frozen, trainable_copy
 from ..denoising import Weight, level_weight
 from .score_gap import (
     Adversary,
@@ -36,6 +37,14 @@ from .score_gap import (
     still,
     weighted_fisher,
 )
+
+
+class BacktrackOptions(Part):
+    """First the critic goes to the untrained student's law and is kept on the way; then those kept teach, in turn."""
+
+    states: int = Field(5, ge=1, description="networks between the teacher and the law of the untrained student")
+    every: int = Field(100, ge=1, description="critic updates from one to the next; the student stands still")
+    interval: int = Field(200, ge=1, description="student updates under each of them, the nearest first")
 
 
 class MatchingOptions(Part):
@@ -63,6 +72,9 @@ class MatchingOptions(Part):
     guidance: float = Field(1.0, ge=0, description="scale on the teacher's guess")
     guide_critic: bool = Field(False, description="guide the critic's guess too, in the student's turn")
     gan: GanOptions | None = Field(None, description="an adversary on noised samples; None: off")
+    backtrack: BacktrackOptions | None = Field(
+        None, description="teachers on the way back from the student's law (DisBack); None: the teacher alone"
+    )
     pairs: PairOptions | None = Field(None, description="noise-image pairs to regress on beside the match")
     pairs_weight: float = Field(0.25, ge=0, description="of the pairs' distance beside the match")
     pairs_distance: Literal["huber", "l2", "l1"] = Field(
@@ -122,6 +134,8 @@ class Matching(Method):
         adversary = None if gan is None or reads is None else Adversary(reads, student.shape, gan, student.classes)
         self.critic = Critic(denoiser, adversary)
         self.real = self._guided(teacher)
+        between = self.options.backtrack.states - 1 if self.options.backtrack else 0
+        self.way = nn.ModuleList(frozen(trainable_copy(denoiser)) for _ in range(between))
 
     def _check(self, student: Student) -> None:
         """ValueError where options contradict each other."""
@@ -152,8 +166,38 @@ class Matching(Method):
             first = adapted(teacher, lora).train()
         return first
 
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self.way.eval()
+        return self
+
     def turns(self, step: int) -> tuple[str, ...]:
         return ("critic",) * self.options.critic_turns + ("student",)
+
+    def _still_steps(self) -> int:
+        """Steps in which the critic goes to the untrained student's law and the student stands still."""
+        back = self.options.backtrack
+        return 0 if back is None else math.ceil(back.states * back.every / self.options.critic_turns)
+
+    def _target(self) -> Any:
+        """Whom the student follows in this step; a network on the way is not guided: it has no use for conditions."""
+        back = self.options.backtrack
+        if back is None:
+            return self.real
+        left = back.states - 1 - (self.step - self._still_steps()) // back.interval
+        return self.way[left - 1] if left > 0 else self.real
+
+    @torch.no_grad()
+    def settle(self, step: int) -> tuple[nn.Parameter, ...]:
+        back = self.options.backtrack
+        if back is not None and step < self._still_steps():
+            before, after = (k * self.options.critic_turns // back.every for k in (step, step + 1))
+            for k in range(before, min(after, len(self.way))):
+                kept, now = self.way[k].state_dict(keep_vars=True), self.critic.denoiser.state_dict(keep_vars=True)
+                for name, value in kept.items():
+                    if value is not now[name]:  # weights under adapters are everybody's
+                        value.copy_(now[name])
+        return ()
 
     def pairs(self) -> PairOptions | None:
         pairs: PairOptions | None = self.options.pairs
@@ -161,6 +205,8 @@ class Matching(Method):
 
     def loss(self, player: str, batch: Batch, rng: Source) -> Loss:
         options = self.options
+        if player == "student" and self.step < self._still_steps():
+            return Loss.mean({"still": batch.noise.new_zeros(1, requires_grad=True)})
         anchor = rollout(self.student, batch.noise, batch.cond, rng, player == "student", options.steps, options.stop)
         if player == "critic":
             return self._critic(anchor, batch, rng)
@@ -191,7 +237,7 @@ class Matching(Method):
             if options.divergence != "reverse_kl":
                 ratio = ratio_of(logits, *options.ratio_range)
         with torch.set_grad_enabled(through):
-            real = self.real(x_t, t, batch.cond)
+            real = self._target()(x_t, t, batch.cond)
         parts["match"] = self._match(anchor, x_t, clean, t, fake, real, ratio)
         if batch.target is not None and options.pairs is not None:
             first = (
