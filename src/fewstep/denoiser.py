@@ -243,15 +243,18 @@ class Clipped(_Around):
 class Thresholded(_Around):
     """Dynamic thresholding: each row's guess of x0 is held to its own quantile, then scaled back to ``bound``.
 
-    ``q = max(bound, quantile(|x0|))``, ``x0 = clip(x0, -q, q) bound / q`` (Saharia et al. 2022, Section 2.3). For
-    pixels alone: it destroys latents. Every other prediction follows the guess.
+    ``q = max(bound, quantile(|x0|))``, ``x0 = clip(x0, -q, q) bound / q`` (Saharia et al. 2022, Section 2.3). ``most``
+    caps q, as diffusers' ``sample_max_value`` does. For pixels alone: it destroys latents. Every other prediction
+    follows the guess.
     """
 
-    def __init__(self, inner: Denoiser, quantile: float = 0.995, bound: float = 1.0) -> None:
+    def __init__(self, inner: Denoiser, quantile: float = 0.995, bound: float = 1.0, most: float = math.inf) -> None:
         super().__init__(inner)
         if not 0 < quantile <= 1 or not bound > 0:
             raise ValueError(f"thresholding needs a quantile in (0, 1] and bound > 0, got {quantile} and {bound}")
-        self.quantile, self.bound = quantile, bound
+        if not most >= bound:
+            raise ValueError(f"thresholding needs most >= bound, got {most} and {bound}")
+        self.quantile, self.bound, self.most = quantile, bound, most
 
     def forward(self, x: Tensor, t: Time, cond: Cond = None, want: str = "x0", s: Time | None = None) -> Any:
         if want == "features":
@@ -264,7 +267,7 @@ class Thresholded(_Around):
     def _held(self, guess: Tensor) -> Tensor:
         size = guess.abs().flatten(1)
         rank = max(1, math.ceil(self.quantile * size.shape[1]))  # an order statistic: torch.quantile has a size limit
-        limit = column(size.kthvalue(rank, dim=1).values.clamp(min=self.bound), guess)
+        limit = column(size.kthvalue(rank, dim=1).values.clamp(self.bound, self.most), guess)
         return torch.clamp(guess, -limit, limit) * (self.bound / limit)
 
 

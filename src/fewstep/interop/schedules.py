@@ -69,12 +69,14 @@ def read_schedule(scheduler: Any) -> Schedule:
         path: Path = Exploding(sigma_min=config.sigma_min, sigma_max=config.sigma_max)
         return Schedule(name, path, "edm", "log_sigma/4", scale_input=True, data_std=config.sigma_data)
     kind = config.get("prediction_type", "epsilon")
-    if name.startswith("FlowM") or kind == "flow_prediction":
+    if name.startswith("FlowM") or kind == "flow_prediction" or config.get("use_flow_sigmas"):
         if config.get("invert_sigmas"):
             raise Refused(f"{name} with invert_sigmas is not read")
         if config.num_train_timesteps != 1000:
             raise Refused(f"{name} counts {config.num_train_timesteps} time steps; networks are read on 1000 t")
-        return Schedule(name, Straight(), "velocity", "1000t", shift=float(config.get("shift", 1.0)))
+        prediction = "velocity" if name.startswith("FlowM") else {"flow_prediction": "velocity", **PREDICTIONS}[kind]
+        shift = float(config.get("shift", config.get("flow_shift", 1.0)))  # the table's schedulers call it flow_shift
+        return Schedule(name, Straight(), prediction, "1000t", shift=shift)
     table = getattr(scheduler, "alphas_cumprod", None)
     if table is None:
         raise Refused(
