@@ -1,4 +1,4 @@
-"""What a diffusers scheduler's configuration says beyond its path: levels, shift, limits, the nearest sampler of ours."""
+"""What a diffusers scheduler's configuration says beyond its path: levels, shift, limits and the nearest sampler."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Reading:
         lists), or of ``timesteps``, taken as they are. ``mu`` is the dynamic shift of a flow. Only a configuration
         with ``final_sigmas_type = "sigma_min"`` ends above clean data. Refused where the levels do not fall.
         """
-        path, end = self.schedule.path, self.schedule.path.t_min
+        end = self.schedule.path.t_min
         if timesteps is not None:
             levels = self.time_of(torch.as_tensor(timesteps, dtype=torch.float64))
         elif sigmas is not None and not self.takes_sigmas:
@@ -113,10 +113,8 @@ class Reading:
 
     def shift(self, mu: float | None = None) -> float:
         """The factor by which a flow's levels are moved to more noise: 1 where none is; see ``grid.shifted``."""
-        if not self._flow:
-            return 1.0
         if not self._dynamic(mu):
-            return self.schedule.shift
+            return self.schedule.shift if self._flow else 1.0
         assert mu is not None
         return mu if self.stock.config.get("time_shift_type") == "linear" else math.exp(mu)
 
@@ -138,7 +136,7 @@ class Reading:
         """The denoiser with the limits that the scheduler holds its guesses to: thresholding, clipping, or none."""
         config = self.stock.config
         if config.get("thresholding"):
-            most = float(config.get("sample_max_value", 1.0))
+            quantile, most = (float(config[k]) for k in ("dynamic_thresholding_ratio", "sample_max_value"))
             return Thresholded(
                 denoiser, float(config.get("dynamic_thresholding_ratio", 0.995)), 1.0, most=max(1.0, most)
             )
@@ -200,8 +198,8 @@ class Reading:
 def read_config(config: Mapping[str, Any]) -> Reading:
     """Read the configuration of a diffusers scheduler: its path, prediction, clock, levels, shift, limits and sampler.
 
-    ``config`` is ``pipe.scheduler.config`` or a saved ``scheduler_config.json``; one that a ``FewstepScheduler`` keeps is
-    read as the one that it replaced. The path has the betas of the configuration as they are, its rescaling included.
+    ``config`` is ``pipe.scheduler.config`` or a saved ``scheduler_config.json``; one that a ``FewstepScheduler`` keeps
+    is read as the one that it replaced. The path has the configuration's betas, rescaling included.
     Refused, by name: a scheduler or a setting that is not known, and what cannot be honoured.
     """
     name = config.get("replaces") or config.get("_class_name") or _class_of(config)
@@ -234,7 +232,7 @@ def _settings(name: str) -> set[str]:
 
 
 def _hold_known(name: str, config: Mapping[str, Any]) -> None:
-    """Refuse a setting that no scheduler has; one of another scheduler is what a pipeline's earlier ones left behind."""
+    """Refuse a setting that no scheduler has; one of another scheduler is what an earlier one left behind."""
     own = _settings(name)
     strange = [k for k in config if not k.startswith("_") and k not in own and k not in ("replaces", *OWN)]
     if not strange:

@@ -80,16 +80,18 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self.num_inference_steps: int | None = None
         self.timesteps = self.sigmas = torch.empty(0)
         self._route: _Route | None = None
-        self._restart()
+        self._step_index: int | None = None
+        self._begin_index: int | None = None
+        self._walk: _Walk | None = None
 
     # -- making ---------------------------------------------------------------------------------------
 
     @classmethod
     def from_plan(cls, plan: str | File | SolverPlan, config: Mapping[str, Any] | None = None) -> FewstepScheduler:
-        """The scheduler of a plan file that ``fewstep search`` wrote; ``config``: the pipeline's scheduler's, if at hand."""
+        """The scheduler of a plan file that ``fewstep search`` wrote; ``config``: that of the pipeline's scheduler."""
         held = plan if isinstance(plan, SolverPlan) else SolverPlan.load(plan)
-        given = {"plan": held.model_dump(mode="json")}
-        return cls(**given) if config is None else cls.from_config(config, **given)
+        given = held.model_dump(mode="json")
+        return cls(plan=given) if config is None else cls.from_config(config, plan=given)
 
     @classmethod
     def from_config(  # type: ignore[override]
@@ -133,9 +135,9 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     ) -> None:
         """Choose the levels of a run of ``num_inference_steps`` network calls.
 
-        ``sigmas`` or ``timesteps`` list them instead (see ``Reading.times``); the even list of sigmas that flow pipelines
-        send when the user gave none only says how many. ``mu``: the dynamic shift. Refused where a solver or a plan
-        does not take that many calls.
+        ``sigmas`` or ``timesteps`` list them instead (see ``Reading.times``); the even list of sigmas that flow
+        pipelines send when the user gave none only says how many. ``mu``: the dynamic shift. Refused where a solver
+        or a plan does not take that many calls.
         """
         reading = self._known()
         if sigmas is not None and timesteps is not None:
@@ -152,7 +154,7 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         even = sigmas is not None and _is_even(sigmas)
         times, solver = self._course(reading, count, None if even else sigmas, timesteps, mu, even)
         self._route = route = _Route.of(solver, reading.schedule.path, times)
-        self._restart()
+        self._step_index = self._begin_index = self._walk = None
         self.num_inference_steps = len(route.asked)
         assert listed is not None or self.num_inference_steps == count, "a solver asks as often as it says"
         levels = torch.tensor([*route.asked, times[-1]], dtype=torch.float64)
@@ -241,7 +243,7 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self._begin_index = begin_index
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
-        """The sample as the network reads it: divided by ``sqrt(sigma^2 + sigma_data^2)`` on EDM's paths, else itself."""
+        """The sample as the network reads it: over ``sqrt(sigma^2 + sigma_data^2)`` on EDM's paths, else itself."""
         schedule = self._known().schedule
         if not schedule.scale_input:
             return sample
@@ -279,11 +281,6 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return int((self.timesteps - value).abs().argmin())
 
     # -- steps ----------------------------------------------------------------------------------------
-
-    def _restart(self) -> None:
-        self._step_index: int | None = None
-        self._begin_index: int | None = None
-        self._walk: _Walk | None = None
 
     def step(
         self,
@@ -428,10 +425,15 @@ class _Route:
     def start(self, path: Path, call: int) -> tuple[Solver, State, int]:
         """Solver, state and step of a run that begins at a call."""
         step = self.steps[call]
-        if call and self.steps[call - 1] == step or self.asked[call] != self.times[step]:
+        if call and self.steps[call - 1] == step:
             raise Refused(
                 f"{self.solver.name} cannot begin at call {call}, inside one of its steps: choose another strength, "
                 "or a solver of one call a step, such as unipc3"
+            )
+        if self.asked[call] != self.times[step]:
+            raise Refused(
+                f"{self.solver.name} noises the sample before its first call, which a pipeline makes itself: "
+                "take another stochastic solver, such as ancestral"
             )
         if not step or not isinstance(self.solver, Engine):
             return self.solver, self.solver.init(path, self.times), step
@@ -482,7 +484,7 @@ class _Walk:
         self.draws.source = source
         self.answers.append(value.to(self.x.dtype))
         self.query = self._go()
-        self.sent = self.query.to(sample.dtype)
+        self.sent = self.query.to(sample.dtype, copy=True)  # the pipeline may write to it
         self.version = 0 if self.sent.is_inference() else self.sent._version
         return self.sent
 
@@ -500,31 +502,44 @@ class _Walk:
                 return x
 
     def _as_sent(self, sample: Tensor) -> bool:
-        assert self.sent is not None
-        if sample is self.sent:
-            return sample.is_inference() or sample._version == self.version
-        return sample.shape == self.sent.shape and torch.equal(sample, self.sent)
+        if sample is self.sent and not sample.is_inference() and sample._version == self.version:
+            return True  # without a look at its values, for which a GPU would have to wait
+        return sample.shape == self.query.shape and torch.equal(sample, self.query.to(sample.dtype))
 
     def _changed(self, sample: Tensor) -> None:
-        """Go on from the pipeline's own sample (inpainting, callbacks); a correction would undo what it changed."""
+        """Go on from the pipeline's own sample (inpainting, callbacks).
+
+        What was changed is added behind the correction of the step before, which would undo it: where nothing was
+        changed, the run is what it would have been.
+        """
         if self.answers or self.query is not self.x:
             raise Refused(
                 f"{self.solver.name} calls the network inside its steps, and this pipeline changes the sample between "
                 "calls: take a solver of one call a step, such as unipc3"
             )
-        self.x = self.query = _exact(sample)
-        if isinstance(self.state, Course):
-            rules = list(self.state.rules)
-            rules[self.i] = dataclasses.replace(rules[self.i], correct=None)
-            self.state.rules = tuple(rules)
+        change = _exact(sample) - self.query.to(sample.dtype)
+        self.x = self.query = self.query + change
+        if not isinstance(self.state, Course):
+            return
+        later = [b for rule in self.state.rules[self.i + 1 :] for b in (rule.correct, rule.advance) if b is not None]
+        if any(blend.base < self.i for blend in (self.state.rules[self.i].advance, *later)):
+            raise Refused(
+                "a step of this plan starts before the sample that the pipeline changed between calls: take a plan "
+                "whose steps have start = 0, or a solver such as unipc3"
+            )
+        correct = self.state.rules[self.i].correct
+        if correct is not None:
+            self.state.bases[correct.base] = self.state.bases[correct.base] + change / correct.keep
 
 
 def _copied(state: State) -> State:
     """A state whose memory can be written to; its tensors are shared."""
-    kept = {
-        f.name: copy.copy(v) for f in dataclasses.fields(state) if isinstance(v := getattr(state, f.name), list | dict)
-    }
-    return dataclasses.replace(state, **kept)
+    held = copy.copy(state)
+    for field in dataclasses.fields(state):
+        value = getattr(state, field.name)
+        if isinstance(value, list | dict):
+            setattr(held, field.name, copy.copy(value))
+    return held
 
 
 # -- taking another scheduler's place ---------------------------------------------------------------
