@@ -15,7 +15,7 @@ from fewstep.path import Exploding, Straight
 from fewstep.registry import SOLVERS as SAMPLERS
 from fewstep.registry import UnknownName
 from fewstep.rng import normal
-from fewstep.solvers import SolverPlan, StepPlan, recommended, sample, solver_named
+from fewstep.solvers import Heun, SolverPlan, StepPlan, recommended, sample, solver_named
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -444,6 +444,56 @@ def test_a_plan_that_starts_before_a_changed_sample_is_refused():
     driven(scheduler, Bent(), noise(2, 4), 4, change=lambda i, x: x + 0.1 * (i == 0))
 
 
+def test_a_plan_begun_in_its_middle_reads_nothing_of_the_steps_before():
+    steps = (
+        StepPlan(order=2, corrector="exact"),
+        StepPlan(order=2),
+        StepPlan(order=3, variable="tau", start=1),
+        StepPlan(weights=(1.5, -0.5)),
+        StepPlan(order=3, start=2),
+    )
+    levels = (None, -1.0, 0.0, 1.0, 2.0)
+    scheduler = FewstepScheduler.from_plan(SolverPlan(levels=levels, steps=steps), TABLE)
+    scheduler.set_timesteps(5)
+    scheduler.set_begin_index(2)
+    start = x = noise(2, 4)
+    for t in scheduler.timesteps[2:]:
+        x = scheduler.step(Bent()(x, t), t, x).prev_sample
+    rest = (steps[2].model_copy(update={"start": 0}), *steps[3:])
+    plan = SolverPlan(levels=levels[2:], steps=rest)
+    torch.testing.assert_close(x, sample(read_config(TABLE).schedule.wrap(Bent()), start, plan), rtol=1e-6, atol=1e-6)
+    scheduler.set_timesteps(5)
+    scheduler.set_begin_index(3)  # the weights are for two guesses, and one is known
+    x = start
+    for t in scheduler.timesteps[3:]:
+        x = scheduler.step(Bent()(x, t), t, x).prev_sample
+    plan = SolverPlan(levels=levels[3:], steps=(StepPlan(order=2), StepPlan(order=3, start=1)))
+    torch.testing.assert_close(x, sample(read_config(TABLE).schedule.wrap(Bent()), start, plan), rtol=1e-6, atol=1e-6)
+
+
+def test_a_solver_may_write_its_memory_between_two_calls_of_a_step():
+    class Diary(Heun):
+        """Heun's rule, that counts its calls in its memory, and adds the count to its answer."""
+
+        name = "diary"
+
+        def step(self, model, x, i, state, cond, rng):
+            def ask(*given):
+                answer = model(*given)
+                state.history.append(x)
+                return answer
+
+            x, state = super().step(ask, x, i, state, cond, rng)
+            return x + len(state.history), state
+
+    scheduler = FewstepScheduler.from_config(TABLE, solver="heun", grid="uniform")
+    scheduler._solver = Diary()
+    x = noise(2, 4)
+    reading = read_config(TABLE)
+    wanted = sample(reading.schedule.wrap(Bent()), x, grid(reading.schedule.path, 3, "uniform"), Diary())
+    torch.testing.assert_close(driven(scheduler, Bent(), x, 5), wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_a_solver_that_asks_inside_its_steps_refuses_a_sample_that_changed_there():
     scheduler = FewstepScheduler.from_config(TABLE, solver="heun")
     with pytest.raises(Refused, match="heun calls the network inside its steps"):
@@ -466,6 +516,17 @@ def test_noise_is_added_at_the_runs_place_or_at_any_timesteps_outside_one():
         t = scheduler._route.times[(scheduler.step_index or 2)]
         scheduler.step(Bent()(data, 0.0), wrong, data)
     assert torch.equal(scheduler.add_noise(data, eps, wrong), data)  # after the last: clean
+
+
+def test_the_start_is_as_noisy_as_its_level():
+    for config, sigma in ((TABLE, 1.0), (FLOW, 1.0), (EDM, 80.0)):
+        scheduler = FewstepScheduler.from_config(config, solver="euler")
+        assert scheduler.init_noise_sigma == pytest.approx(sigma)
+        scheduler.set_timesteps(4)
+        assert scheduler.init_noise_sigma == pytest.approx(sigma)
+    scheduler.set_timesteps(sigmas=[20.0, 1.0])
+    assert scheduler.init_noise_sigma == pytest.approx(20.0)
+    assert scheduler.sigmas.tolist() == pytest.approx([20.0, 1.0, 0.0])
 
 
 def test_limits_are_kept_where_the_pipelines_scheduler_had_them_and_nowhere_else():
@@ -502,6 +563,9 @@ def test_a_network_that_jumps_to_clean_data_is_not_integrated():
     scheduler = FewstepScheduler.from_config({"_class_name": "LCMScheduler", "clip_sample": False})
     scheduler.set_timesteps(4)
     assert scheduler._route.solver.name == "consistency"
+    told = FewstepScheduler.from_config(scheduler.config, solver="recommended")  # the network is a teacher after all
+    told.set_timesteps(4)
+    assert told._route.times == recommended(told._reading.schedule.path, 4).times(told._reading.schedule.path)
     stock = diffusers.LCMScheduler()
     stock.set_timesteps(4)
     assert scheduler.timesteps.tolist() == pytest.approx(stock.timesteps.tolist(), abs=1e-3)

@@ -120,7 +120,7 @@ class Reading:
 
     def time_of(self, clock: Tensor) -> Tensor:
         """The time at which the network reads ``clock``: the inverse of ``clock_of``, in float64."""
-        path, value = self.schedule.path, clock.double()
+        path, value = self.schedule.path, clock.to("cpu", torch.float64)
         match self.schedule.clock:
             case "index":
                 t = (value + 1) / len(path.alphas_cumprod)  # type: ignore[attr-defined]

@@ -34,6 +34,7 @@ from diffusers.configuration_utils import register_to_config  # noqa: E402
 from diffusers.schedulers.scheduling_utils import SchedulerOutput  # noqa: E402
 from diffusers.utils.torch_utils import randn_tensor  # noqa: E402
 
+RECOMMENDED = "recommended"
 UNKNOWN = (
     "this FewstepScheduler does not know the pipeline's noise levels: make it by "
     "FewstepScheduler.from_config(pipe.scheduler.config, ...), or put it in the place of the pipeline's own"
@@ -45,8 +46,9 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     Parameters
     ----------
-    solver: a sampler's name (``fewstep list samplers``); None takes the recommended plan for the path and the number
-        of calls, or, where the replaced scheduler is one of distilled networks (LCM, consistency), ``consistency``.
+    solver: a sampler's name (``fewstep list samplers``), or ``recommended``: the plan that depends on the path and the
+        number of calls alone. None is ``recommended`` too, but ``consistency`` where the replaced scheduler is one of
+        distilled networks (LCM, consistency models).
     grid: a time grid's name (``fewstep.grid.GRIDS``), moved once by the pipeline's shift; None keeps the replaced
         scheduler's own levels for a named solver, and the recommended ones without.
     plan: a ``SolverPlan`` as a dictionary, in place of both; see ``from_plan``.
@@ -74,7 +76,7 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             raise Refused("a plan brings its own solver and grid: pass the plan alone")
         if grid is not None and grid not in GRIDS:
             raise Refused(f"unknown grid {grid!r}: {nearest(grid, list(GRIDS))}")
-        self._solver = None if solver is None else solver_named(solver)
+        self._solver = None if solver in (None, RECOMMENDED) else solver_named(solver)
         self._plan = None if plan is None else _plan_of(plan)
         self._reading: Reading | None = None
         self.num_inference_steps: int | None = None
@@ -183,7 +185,8 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                     f"pass num_inference_steps={self._plan.nfe}"
                 )
             return self._on(path, self._plan), self._plan.solver()
-        solver = self._solver or (solver_named("consistency") if reading.distilled else None)
+        jumps = reading.distilled and self.config.solver != RECOMMENDED
+        solver = self._solver or (solver_named("consistency") if jumps else None)
         if listed:
             times = reading.times(sigmas=sigmas, timesteps=timesteps, mu=mu)
             return times, solver or recommended(path, len(times) - 1).solver()
