@@ -201,6 +201,10 @@ def read_config(config: Mapping[str, Any]) -> Reading:
     ``config`` is ``pipe.scheduler.config`` or a saved ``scheduler_config.json``; one that a ``FewstepScheduler`` keeps
     is read as the one that it replaced. The path has the configuration's betas, rescaling included.
     Refused, by name: a scheduler or a setting that is not known, and what cannot be honoured.
+
+    >>> reading = read_config({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})
+    >>> reading.solver, reading.shift(), [round(t, 3) for t in reading.times(sigmas=[1.0, 0.5])]
+    ('euler', 3.0, [1.0, 0.75, 0.0])
     """
     name = config.get("replaces") or config.get("_class_name") or _class_of(config)
     if name not in SOLVERS:

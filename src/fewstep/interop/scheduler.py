@@ -17,18 +17,20 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from ..denoiser import clock_of
+from ..denoiser import Denoiser, clock_of
 from ..errors import Refused, need
 from ..grid import GRIDS, grid, shifted
-from ..path import Path
+from ..path import Path, Time
 from ..registry import nearest
 from ..rng import Rng
 from ..solvers import Solver, SolverPlan, State, recommended, sample, solver_named
 from ..solvers.engine import Course, Engine
 from ..solvers.plan import Planned
 from .configs import OWN, SOLVERS, Reading, read_config
+from .schedules import Schedule
 
 need("diffusers", "diffusers")
+# diffusers loads a saved pipeline only if SchedulerMixin can be found in this module
 from diffusers import ConfigMixin, DiffusionPipeline, SchedulerMixin  # noqa: E402
 from diffusers.configuration_utils import register_to_config  # noqa: E402
 from diffusers.schedulers.scheduling_utils import SchedulerOutput  # noqa: E402
@@ -101,8 +103,7 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     ) -> Any:
         """Keep a pipeline's betas, prediction type, shift, levels and limits; ``options`` are ours, or change settings.
 
-        >>> FewstepScheduler.from_config({"_class_name": "DDIMScheduler"}, solver="dpm3m").config.solver
-        'dpm3m'
+        ``FewstepScheduler.from_config(pipe.scheduler.config, solver="dpm3m", shift=5.0)``
         """
         if not isinstance(config, Mapping):
             raise Refused(f"from_config takes a scheduler's configuration, got {type(config).__name__}")
@@ -364,10 +365,33 @@ class _Ask(Exception):
 class _Given(nn.Module):
     """A network that answers what it was given."""
 
-    value: Tensor
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = value
 
     def forward(self, x: Tensor, time: Tensor, cond: Any = None) -> Tensor:
         return self.value
+
+
+@functools.lru_cache(maxsize=4096)
+def _pair(schedule: Schedule, t: float, want: str) -> tuple[float, float]:
+    """(a, b) such that ``want = a x + b answer`` at a level: what the wrapped network makes of (1, 0) and of (0, 1)."""
+    x, answer = torch.eye(2, dtype=torch.float64)[:, :, None]
+    a, b = schedule.wrap(_Given(answer))(x, t, None, want).flatten().tolist()
+    return a, b
+
+
+class _Answered(Denoiser):
+    """The schedule's denoiser around a network that was asked already."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        super().__init__()
+        self.schedule, self.path = schedule, schedule.path
+        self.value = torch.empty(0)
+
+    def forward(self, x: Tensor, t: Time, cond: Any = None, want: str = "x0", s: Time | None = None) -> Tensor:
+        a, b = _pair(self.schedule, float(t), want)
+        return self.value if (a, b) == (0.0, 1.0) else torch.add(b * self.value, x, alpha=a)
 
 
 class _Draws(Rng):
@@ -460,8 +484,8 @@ class _Walk:
 
     def __init__(self, reading: Reading, route: _Route, call: int, x: Tensor) -> None:
         self.path = reading.schedule.path
-        self.given = _Given()
-        self.denoiser = reading.limited(reading.schedule.wrap(self.given))
+        self.given = _Answered(reading.schedule)
+        self.denoiser = reading.limited(self.given)
         self.solver, self.state, self.i = route.start(self.path, call)
         self.draws = _Draws()
         self.draws.device = x.device
