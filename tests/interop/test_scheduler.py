@@ -291,6 +291,17 @@ STOCK = {
     "flow, shift": (diffusers.FlowMatchEulerDiscreteScheduler, {"shift": 3.0}, "euler"),
     "flow, karras": (diffusers.FlowMatchEulerDiscreteScheduler, {"shift": 3.0, "use_karras_sigmas": True}, "euler"),
     "edm": (diffusers.EDMEulerScheduler, {"sigma_max": 80.0, "sigma_data": 0.5}, "euler"),
+    "edm, v": (
+        diffusers.EDMEulerScheduler,
+        {"sigma_max": 80.0, "sigma_data": 1.0, "prediction_type": "v_prediction"},
+        "euler",
+    ),
+    "stable video": (
+        diffusers.EulerDiscreteScheduler,
+        {"prediction_type": "v_prediction", "timestep_type": "continuous", "sigma_min": 0.002, "sigma_max": 80.0,
+         "use_karras_sigmas": True, "beta_schedule": "scaled_linear", "beta_start": 8.5e-4, "beta_end": 0.012},
+        "euler",
+    ),
     "2m": (diffusers.DPMSolverMultistepScheduler, {}, "dpm2m"),
     "2m, karras": (diffusers.DPMSolverMultistepScheduler, {"use_karras_sigmas": True}, "dpm2m"),
     "2m to sigma_min": (diffusers.DPMSolverMultistepScheduler, {"final_sigmas_type": "sigma_min", "solver_order": 1},
@@ -314,7 +325,7 @@ def test_with_the_same_sampler_and_its_own_levels_it_is_the_stock_scheduler(case
     stock = kind(**options)
     assert read_config({**options, "_class_name": kind.__name__}).solver == solver
     ours = FewstepScheduler.from_config({**options, "_class_name": kind.__name__}, solver=solver)
-    x = noise(3, 4, dtype=torch.float32) * (80.0 if case == "edm" else 1.0)
+    x = noise(3, 4, dtype=torch.float32) * (80.0 if case in ("edm", "edm, v", "stable video") else 1.0)
     # DPM-Solver rounds the times that its network reads, not its noise levels; trailing DDIM wants a divisor of 1000
     rounded = "2m" in case
     got, wanted = (driven(scheduler, Bent(timeless=rounded), x, 5) for scheduler in (ours, stock))
@@ -648,7 +659,7 @@ REFUSALS = {
             {"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous", "prediction_type": "v_prediction"}
         ),
         Refused,
-        "timestep_type 'continuous'",
+        "sigma_min and sigma_max: name both",
     ),
     "prediction": (
         lambda: FewstepScheduler.from_config({**TABLE, "prediction_type": "noise"}), Refused, "prediction type 'noise'",

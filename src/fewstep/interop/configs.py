@@ -211,8 +211,6 @@ def read_config(config: Mapping[str, Any]) -> Reading:
         raise Refused(f"the scheduler {name} is not read: {nearest(str(name), list(SOLVERS))}")
     _hold_known(name, config)
     stock = _built(name, config)
-    if stock.config.get("timestep_type") == "continuous" and stock.config.prediction_type == "v_prediction":
-        raise Refused(f"{name} with timestep_type 'continuous' is not read: its network reads log sigma of a table's v")
     return Reading(read_schedule(stock), _solver_of(name, stock.config), stock)
 
 
