@@ -535,6 +535,9 @@ def test_the_start_is_as_noisy_as_its_level():
         assert scheduler.init_noise_sigma == pytest.approx(sigma)
         scheduler.set_timesteps(4)
         assert scheduler.init_noise_sigma == pytest.approx(sigma)
+    one = FewstepScheduler.from_config(FLOW)
+    one.set_timesteps(1)
+    assert one.sigmas.tolist() == [1.0, 0.0]
     scheduler.set_timesteps(sigmas=[20.0, 1.0])
     assert scheduler.init_noise_sigma == pytest.approx(20.0)
     assert scheduler.sigmas.tolist() == pytest.approx([20.0, 1.0, 0.0])
@@ -591,6 +594,9 @@ def test_settings_survive_a_file(tmp_path):
     again.set_timesteps(5)
     made.set_timesteps(5)
     assert again._route.times == made._route.times
+    again.register_to_config(shift=1.0)  # as pipelines do
+    again.set_timesteps(5)
+    assert again._route.times == pytest.approx(grid(Straight(), 5, "logsnr").tolist())
     changed = FewstepScheduler.from_config(again.config, solver=None, grid=None, shift=1.0)
     assert (changed.config.solver, changed.config.shift) == (None, 1.0)
 

@@ -76,6 +76,11 @@ class Reading:
         return self.solver == "consistency"
 
     @property
+    def ratios(self) -> bool:
+        """Whether the scheduler's sigmas are sigma / alpha (on a table), not the path's own sigma."""
+        return not isinstance(self.schedule.path, (Exploding, Straight))
+
+    @property
     def takes_sigmas(self) -> bool:
         """Whether the scheduler shifts a list of sigmas as it does its own."""
         return self._flow and "sigmas" in _arguments(self.stock)
@@ -137,9 +142,7 @@ class Reading:
         config = self.stock.config
         if config.get("thresholding"):
             quantile, most = (float(config[k]) for k in ("dynamic_thresholding_ratio", "sample_max_value"))
-            return Thresholded(
-                denoiser, float(config.get("dynamic_thresholding_ratio", 0.995)), 1.0, most=max(1.0, most)
-            )
+            return Thresholded(denoiser, quantile, most=max(1.0, most))
         return denoiser if self.schedule.clip is None else Clipped(denoiser, *self.schedule.clip)
 
     @property
@@ -190,7 +193,7 @@ class Reading:
     def _from_sigmas(self, sigmas: Tensor) -> Tensor:
         """Times of a scheduler's sigmas: sigma / alpha on a table, sigma itself on the exploding and straight paths."""
         path = self.schedule.path
-        if isinstance(path, (Exploding, Straight)):
+        if not self.ratios:
             return sigmas.clamp(path.t_min, path.t_max)
         return torch.where(sigmas > 0, path.time(-torch.log(sigmas.clamp(min=1e-30))), path.t_min)
 
@@ -239,7 +242,7 @@ def _hold_known(name: str, config: Mapping[str, Any]) -> None:
     strange = [k for k in config if not k.startswith("_") and k not in own and k not in ("replaces", *OWN)]
     if not strange:
         return
-    others = set().union(*(_settings(other) for other in SOLVERS)) | {"skip_prk_steps", "algorithm_type"}
+    others = set().union(*(_settings(other) for other in SOLVERS))
     for key in strange:
         if key not in others:
             raise Refused(f"{name} has no setting {key!r}: {nearest(key, sorted(own))}")

@@ -37,6 +37,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput  # noqa: E402
 from diffusers.utils.torch_utils import randn_tensor  # noqa: E402
 
 RECOMMENDED = "recommended"
+LEAST_ALPHA = 2**-12  # diffusers' own, where a table ends without signal
 UNKNOWN = (
     "this FewstepScheduler does not know the pipeline's noise levels: make it by "
     "FewstepScheduler.from_config(pipe.scheduler.config, ...), or put it in the place of the pipeline's own"
@@ -81,6 +82,7 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self._solver = None if solver in (None, RECOMMENDED) else solver_named(solver)
         self._plan = None if plan is None else _plan_of(plan)
         self._reading: Reading | None = None
+        self._read: Any = None  # the configuration that the reading is of
         self.num_inference_steps: int | None = None
         self.timesteps = self.sigmas = torch.empty(0)
         self._route: _Route | None = None
@@ -120,10 +122,13 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         named = {} if name is None else {"_class_name": name}
         self._reading = read_config({**settings, **named})
         self.register_to_config(**settings, replaces=self._reading.schedule.name)
+        self._read = self._internal_dict
 
     def _known(self) -> Reading:
         if self._reading is None:
             raise Refused(UNKNOWN)
+        if self._read is not self._internal_dict:  # a pipeline changed a setting: Stable Diffusion's own checks do
+            self._reading, self._read = read_config(self.config), self._internal_dict
         return self._reading
 
     # -- levels ---------------------------------------------------------------------------------------
@@ -163,7 +168,9 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         levels = torch.tensor([*route.asked, times[-1]], dtype=torch.float64)
         path = reading.schedule.path
         self.timesteps = clock_of(reading.schedule.clock, path, levels[:-1]).to(device, torch.float32)
-        self.sigmas = _ratios(path, levels).to(torch.float32)  # stays on the CPU: pipelines read single entries of it
+        coefs = path.coefs(levels)
+        listing = coefs.sigma / coefs.alpha.clamp(min=LEAST_ALPHA) if reading.ratios else coefs.sigma
+        self.sigmas = listing.to(torch.float32)  # stays on the CPU: pipelines read single entries of it
 
     def _course(
         self,
@@ -328,13 +335,6 @@ def _is_even(sigmas: Sequence[float]) -> bool:
     values = torch.as_tensor(sigmas, dtype=torch.float64)
     wanted = 1 - torch.arange(len(values), dtype=torch.float64) / max(1, len(values))
     return bool((values - wanted).abs().max() < 2e-3)
-
-
-def _ratios(path: Path, levels: Tensor) -> Tensor:
-    """The levels as schedulers of their kind list them: sigma over alpha on a table, else sigma."""
-    coefs = path.coefs(levels)
-    unit = bool(((coefs.alpha**2 + coefs.sigma**2 - 1).abs() < 1e-6).all())
-    return coefs.sigma / coefs.alpha.clamp(min=2**-12) if unit else coefs.sigma
 
 
 def _exact(sample: Tensor) -> Tensor:
