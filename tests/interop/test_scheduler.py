@@ -682,6 +682,13 @@ def test_what_cannot_be_done_is_refused_in_one_line(case):
     assert "\n" not in str(found.value)
 
 
+@pytest.mark.skipif("skip" not in StepPlan.model_fields, reason="plans leave no blocks out")
+def test_a_plan_that_leaves_blocks_out_is_refused():
+    plan = {"levels": [None, 0.0], "steps": [{}, {"skip": ["blocks.1"]}]}
+    with pytest.raises(Refused, match="leaves blocks of the network out"):
+        FewstepScheduler(plan=plan)
+
+
 def test_a_run_is_begun_once_and_ends():
     scheduler = FewstepScheduler.from_config(TABLE, solver="dpm3m")
     x = noise(2, 4)

@@ -324,10 +324,15 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
 def _plan_of(plan: Mapping[str, Any]) -> SolverPlan:
     try:
-        return SolverPlan.model_validate(dict(plan))
+        made = SolverPlan.model_validate(dict(plan))
     except (ValidationError, TypeError, ValueError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
         raise Refused(f"not a plan: {'.'.join(map(str, first['loc'])) or 'plan'}: {first['msg']}") from None
+    if any(getattr(step, "skip", ()) for step in made.steps):
+        raise Refused(
+            "this plan leaves blocks of the network out, which a scheduler cannot do: sample with `fewstep sample --plan`"
+        )
+    return made
 
 
 def _is_even(sigmas: Sequence[float]) -> bool:
@@ -474,7 +479,7 @@ def _tail(plan: SolverPlan, step: int) -> SolverPlan:
     for i, one in enumerate(plan.steps[step:]):
         change: dict[str, Any] = {"start": min(one.start, i)}
         if one.weights is not None and len(one.weights) > i + 1:
-            change |= {"weights": None, "order": len(one.weights)}
+            change |= {"weights": None, "order": min(len(one.weights), 3)}
         steps.append(one.model_copy(update=change))
     return SolverPlan(levels=(None, *plan.levels[step + 1 :]), end=plan.end, steps=tuple(steps))
 
