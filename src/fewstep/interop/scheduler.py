@@ -330,7 +330,7 @@ def _plan_of(plan: Mapping[str, Any]) -> SolverPlan:
         raise Refused(f"not a plan: {'.'.join(map(str, first['loc'])) or 'plan'}: {first['msg']}") from None
     if any(getattr(step, "skip", ()) for step in made.steps):
         raise Refused(
-            "this plan leaves blocks of the network out, which a scheduler cannot do: sample with `fewstep sample --plan`"
+            "this plan leaves blocks of the network out, which a scheduler cannot: sample with fewstep sample --plan"
         )
     return made
 
