@@ -18,6 +18,7 @@ PROMISES = {
     "03_one_step_on_a_mixture.py": r"is ([\d.]+) times nearer .*\(promised: (at least) 5\)",
     "04_my_method.py": r"real data: ([\d.]+)  \(promised: (at most) 0\.3\)",
     "05_plain_diffusers.py": r"calls of the network: (\d+)  \(promised: (at most )?1\)",
+    "06_scheduler.py": r"than Euler by a factor of ([\d.]+)  \(promised: (at least) 3\)",
 }
 
 
@@ -34,7 +35,7 @@ def output_of(name: str, folder: Path) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(PROMISES))
 def test_an_example_keeps_its_promise(name, tmp_path):
-    if name.startswith("05"):
+    if name.startswith(("05", "06")):
         pytest.importorskip("diffusers")
         if not (ROOT / "src/fewstep/assets/digits_teacher").is_dir():
             pytest.skip("no packaged digits teacher in this checkout")

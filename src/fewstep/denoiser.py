@@ -17,6 +17,8 @@ from .path import Coefs, Path, Time, column, rows_of
 Features = list[Tensor]
 Clock = Literal["t", "999t", "1000t", "index", "log_sigma/4", "250 log_sigma"]
 CLOCKS: tuple[str, ...] = get_args(Clock)
+PRECONDITIONED = ("edm", "edm_v", "cm")
+"""Predictions ``x0 = c_skip x + c_out F`` of ``Wrapped``."""
 
 
 class Denoiser(nn.Module, ABC):
@@ -63,11 +65,12 @@ def clock_of(name: str, path: Path, t: Tensor) -> Tensor:
 class Wrapped(Denoiser):
     """A network made a denoiser.
 
-    ``net(c_in x, clock(t), cond)`` is read as ``prediction``. Besides the path's predictions there are two
+    ``net(c_in x, clock(t), cond)`` is read as ``prediction``. Besides the path's predictions there are three
     preconditioned ones for variance-exploding paths, ``x0 = c_skip x + c_out F``:
 
     - ``edm``: c_skip = sd^2 / (s^2 + sd^2), c_out = s sd / sqrt(s^2 + sd^2)  (Karras et al. 2022, Table 1);
-    - ``cm``: the same with s - ``boundary`` in c_skip and in c_out's numerator, so that the guess at the
+    - ``edm_v``: the same with the opposite c_out: v of the scaled sample (Stable Video Diffusion, diffusers' EDM);
+    - ``cm``: ``edm`` with s - ``boundary`` in c_skip and in c_out's numerator, so that the guess at the
       boundary is x itself (Song et al. 2023, Appendix C; diffusers' CMStochasticIterativeScheduler).
 
     ``data_std`` sets both of them and, where ``scale_input`` is on, ``c_in = 1 / sqrt(alpha^2 sd^2 + sigma^2)``.
@@ -87,7 +90,7 @@ class Wrapped(Denoiser):
         taps: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        if prediction in ("edm", "cm") and path.coefs(path.t_max).d_alpha != 0:
+        if prediction in PRECONDITIONED and path.coefs(path.t_max).d_alpha != 0:
             raise ValueError(f"prediction {prediction!r} needs the exploding path, got {type(path).__name__}")
         self.net, self.path, self.prediction, self.clock = net, path, prediction, clock
         self.scale_input, self.data_std, self.boundary = scale_input, data_std, boundary
@@ -130,13 +133,15 @@ class Wrapped(Denoiser):
         return self.net(entry, clock, cond, span.to(times))
 
     def _read(self, value: Tensor, x: Tensor, t: Time, want: str, coefs: Coefs | None) -> Tensor:
-        if self.prediction not in ("edm", "cm") or coefs is None:
+        if self.prediction not in PRECONDITIONED or coefs is None:
             return self.path.convert(value, x, t, self.prediction, want, coefs)
         sigma, sd = coefs.sigma, self.data_std
         low = self.boundary if self.prediction == "cm" else 0.0
         away = sigma - low
         skip = sd**2 / (away**2 + sd**2)
         out = away * sd / torch.sqrt(sigma**2 + sd**2)
+        if self.prediction == "edm_v":
+            out = -out
         return self.path.convert((skip * x + out * value).to(x.dtype), x, t, "x0", want, coefs)
 
 
@@ -243,15 +248,18 @@ class Clipped(_Around):
 class Thresholded(_Around):
     """Dynamic thresholding: each row's guess of x0 is held to its own quantile, then scaled back to ``bound``.
 
-    ``q = max(bound, quantile(|x0|))``, ``x0 = clip(x0, -q, q) bound / q`` (Saharia et al. 2022, Section 2.3). For
-    pixels alone: it destroys latents. Every other prediction follows the guess.
+    ``q = max(bound, quantile(|x0|))``, ``x0 = clip(x0, -q, q) bound / q`` (Saharia et al. 2022, Section 2.3). ``most``
+    caps q, as diffusers' ``sample_max_value`` does. For pixels alone: it destroys latents. Every other prediction
+    follows the guess.
     """
 
-    def __init__(self, inner: Denoiser, quantile: float = 0.995, bound: float = 1.0) -> None:
+    def __init__(self, inner: Denoiser, quantile: float = 0.995, bound: float = 1.0, most: float = math.inf) -> None:
         super().__init__(inner)
         if not 0 < quantile <= 1 or not bound > 0:
             raise ValueError(f"thresholding needs a quantile in (0, 1] and bound > 0, got {quantile} and {bound}")
-        self.quantile, self.bound = quantile, bound
+        if not most >= bound:
+            raise ValueError(f"thresholding needs most >= bound, got {most} and {bound}")
+        self.quantile, self.bound, self.most = quantile, bound, most
 
     def forward(self, x: Tensor, t: Time, cond: Cond = None, want: str = "x0", s: Time | None = None) -> Any:
         if want == "features":
@@ -264,7 +272,7 @@ class Thresholded(_Around):
     def _held(self, guess: Tensor) -> Tensor:
         size = guess.abs().flatten(1)
         rank = max(1, math.ceil(self.quantile * size.shape[1]))  # an order statistic: torch.quantile has a size limit
-        limit = column(size.kthvalue(rank, dim=1).values.clamp(min=self.bound), guess)
+        limit = column(size.kthvalue(rank, dim=1).values.clamp(self.bound, self.most), guess)
         return torch.clamp(guess, -limit, limit) * (self.bound / limit)
 
 

@@ -158,9 +158,10 @@ def test_a_student_that_starts_inside_the_table_starts_there_in_plain_diffusers(
         (lambda net: Wrapped(net, Straight(), "x0", "1000t"), {}),
         (lambda net: Wrapped(net, Straight(), "velocity", "t"), {"start": 0.9}),
         (lambda net: Wrapped(net, Exploding(), "edm", "log_sigma/4", scale_input=True, data_std=0.5), {}),
+        (lambda net: Wrapped(net, Exploding(), "edm_v", "log_sigma/4", scale_input=True, data_std=0.5), {}),
         (lambda net: Wrapped(net, VariancePreserving(), "v", "t"), {}),
     ],
-    ids=["velocity", "clean image", "short start", "edm", "v"],
+    ids=["velocity", "clean image", "short start", "edm", "edm v", "v"],
 )
 def test_any_one_step_unet_with_labels_folds_into_a_consistency_function(tmp_path, here, denoiser, options):
     student = Student(denoiser(unet()), (1, 8, 8), **options)

@@ -5,6 +5,7 @@ Importing this package imports no diffusers; functions do, when they need it.
 
 from __future__ import annotations
 
+from .configs import Reading, read_config
 from .contract import CONTRACT, Contract, Steps
 from .image import write_image
 from .recorded import Recorded
@@ -18,6 +19,7 @@ __all__ = [
     "Check",
     "Contract",
     "LoadedStudent",
+    "Reading",
     "Recorded",
     "Recording",
     "Schedule",
@@ -27,6 +29,7 @@ __all__ = [
     "load_student",
     "load_teacher",
     "packaged",
+    "read_config",
     "read_schedule",
     "record",
     "save_student",

@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from torch import Tensor, nn
 
 from ..cond import Cond
-from ..denoiser import Clock, Wrapped
+from ..denoiser import PRECONDITIONED, Clock, Wrapped
 from ..errors import Refused
 from ..part import Part
 from ..path import AnyPath
@@ -89,7 +89,7 @@ class Contract(Part):
     method: Line = Field(description="how it was trained")
     teacher: Origin | None = None
     task: Line | None = None
-    prediction: Literal["x0", "eps", "v", "velocity", "flow", "score", "edm", "cm"]
+    prediction: Literal["x0", "eps", "v", "velocity", "flow", "score", "edm", "edm_v", "cm"]
     path: AnyPath
     clock: Clock
     preconditioning: Preconditioning = Preconditioning()
@@ -123,7 +123,7 @@ class Contract(Part):
         table = getattr(path, "alphas_cumprod", ())
         if table and (not all(math.isfinite(a) and 0 <= a <= 1 for a in table) or _rises(table)):
             raise ValueError("path.alphas_cumprod must fall from 1 to 0")
-        if self.prediction in ("edm", "cm") and path.kind != "exploding":
+        if self.prediction in PRECONDITIONED and path.kind != "exploding":
             raise ValueError(f"prediction {self.prediction!r} needs the exploding path, got {path.kind!r}")
         if not path.t_min < self.start <= path.t_max * (1 + 1e-6):
             raise ValueError(f"start must lie in ({path.t_min:g}, {path.t_max:g}], got {self.start:g}")

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..denoiser import Wrapped, clock_of
+from ..denoiser import PRECONDITIONED, Wrapped, clock_of
 from ..errors import Refused
 from ..path import Exploding, Path, Straight, Tabulated, VariancePreserving
 from ..student import Student
@@ -395,10 +395,11 @@ def _folded(student: Student, setting: Setting) -> Plain:
     coefs = one.path.coefs(start)
     alpha, sigma = float(coefs.alpha), float(coefs.sigma)
     scale_in = 1 / math.sqrt(alpha**2 * one.data_std**2 + sigma**2) if one.scale_input else 1.0
-    if one.prediction in ("edm", "cm"):
+    if one.prediction in PRECONDITIONED:
         low = one.boundary if one.prediction == "cm" else 0.0
         keep = one.data_std**2 / ((sigma - low) ** 2 + one.data_std**2)
         take = (sigma - low) * one.data_std / math.sqrt(sigma**2 + one.data_std**2)
+        take = -take if one.prediction == "edm_v" else take
     else:
         a, b = (float(v) for v in one.path.pair(one.prediction, coefs))
         det = alpha * b - sigma * a

@@ -12,6 +12,7 @@ from ..errors import Refused
 from ..path import Exploding, Path, Straight, Tabulated
 
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+EDM = {"epsilon": "edm", "v_prediction": "edm_v"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def read_schedule(scheduler: Any) -> Schedule:
 
     Tables of ``alphas_cumprod`` (DDPM, DDIM, DPM-Solver, Euler, LCM, ...): the network reads the index and sees the
     variance-preserving sample, whatever frame the scheduler works in. Flow matching: straight, 1000 t.
-    Consistency models and EDM: exploding, with their preconditioning.
+    Consistency models, EDM and Euler with continuous time steps: exploding, with their preconditioning.
     """
     name, config = type(scheduler).__name__, scheduler.config
     if name == "CMStochasticIterativeScheduler":
@@ -64,17 +65,26 @@ def read_schedule(scheduler: Any) -> Schedule:
             clip=(-1.0, 1.0) if config.clip_denoised else None,
         )
     if name.startswith("EDM"):
-        if config.prediction_type != "epsilon":
-            raise Refused(f"{name} with prediction type {config.prediction_type!r} is not read: only 'epsilon' is")
         path: Path = Exploding(sigma_min=config.sigma_min, sigma_max=config.sigma_max)
-        return Schedule(name, path, "edm", "log_sigma/4", scale_input=True, data_std=config.sigma_data)
+        if config.prediction_type not in EDM:
+            raise Refused(f"{name} has prediction type {config.prediction_type!r}; read are {', '.join(EDM)}")
+        prediction = EDM[config.prediction_type]
+        return Schedule(name, path, prediction, "log_sigma/4", scale_input=True, data_std=config.sigma_data)
     kind = config.get("prediction_type", "epsilon")
-    if name.startswith("FlowM") or kind == "flow_prediction":
+    if config.get("timestep_type") == "continuous" and kind == "v_prediction":  # Stable Video Diffusion
+        low, high = (config.get(end) for end in ("sigma_min", "sigma_max"))
+        if low is None or high is None:
+            raise Refused(f"{name} with timestep_type 'continuous' is read with its sigma_min and sigma_max: name both")
+        path = Exploding(sigma_min=low, sigma_max=high)
+        return Schedule(name, path, "edm_v", "log_sigma/4", scale_input=True)
+    if name.startswith("FlowM") or kind == "flow_prediction" or config.get("use_flow_sigmas"):
         if config.get("invert_sigmas"):
             raise Refused(f"{name} with invert_sigmas is not read")
         if config.num_train_timesteps != 1000:
             raise Refused(f"{name} counts {config.num_train_timesteps} time steps; networks are read on 1000 t")
-        return Schedule(name, Straight(), "velocity", "1000t", shift=float(config.get("shift", 1.0)))
+        prediction = "velocity" if name.startswith("FlowM") else {"flow_prediction": "velocity", **PREDICTIONS}[kind]
+        shift = float(config.get("shift", config.get("flow_shift", 1.0)))  # the table's schedulers call it flow_shift
+        return Schedule(name, Straight(), prediction, "1000t", shift=shift)
     table = getattr(scheduler, "alphas_cumprod", None)
     if table is None:
         raise Refused(
