@@ -1,5 +1,6 @@
 """Bending what a generator makes towards a wish, without training it."""
 
+from .boundary import Start, StartOptions, choose_start
 from .noise import DITTO2, RENO, Found, NoiseOptimiser, NoiseOptions, Reward, norm_penalty, on_shell, target
 
 __all__ = [
@@ -9,6 +10,9 @@ __all__ = [
     "NoiseOptimiser",
     "NoiseOptions",
     "Reward",
+    "Start",
+    "StartOptions",
+    "choose_start",
     "norm_penalty",
     "on_shell",
     "target",
