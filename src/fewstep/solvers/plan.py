@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path as File
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
+from torch import Tensor
 
+from ..cond import Cond
 from ..errors import Refused
+from ..nets.skipping import leaving_out
 from ..part import Part
 from ..path import Path
-from .base import Solver, Stage
+from ..rng import Source
+from .base import Solver, Stage, State
 from .engine import Corrector, Decision, Engine
 from .weights import Form, Variable
 
@@ -32,6 +36,8 @@ class StepPlan(Part):
     weights: tuple[float, ...] | None = Field(
         None, min_length=1, max_length=6, description="weights of the guesses, newest first, as fractions of their sum"
     )
+
+    skip: tuple[str, ...] = Field((), description="blocks of the network that this step's call leaves out")
 
     @model_validator(mode="after")
     def _fits(self) -> StepPlan:
@@ -157,3 +163,10 @@ class Planned(Engine):
         if len(stages) != self.plan.nfe:
             raise ValueError(f"the plan has {self.plan.nfe} steps, the grid {len(stages)}")
         return tuple(step.decision for step in self.plan.steps)
+
+    def step(self, model: Any, x: Tensor, i: int, state: State, cond: Cond, rng: Source | None) -> tuple[Tensor, State]:
+        skip = self.plan.steps[i].skip
+        if not skip:
+            return super().step(model, x, i, state, cond, rng)
+        with leaving_out(model, skip):
+            return super().step(model, x, i, state, cond, rng)
