@@ -1,0 +1,247 @@
+"""Searching a sampler plan for a teacher: no training, and a verdict on starts that nothing was chosen on."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path as File
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cond import Cond, move
+from ..cond import rows as rows_of
+from ..denoiser import Denoiser, Guided
+from ..errors import Refused
+from ..metrics.features import Coordinates, RandomConv
+from ..rng import mix
+from ..search import Evolution, Journal
+from ..search.contest import HOWS, Contest, How, Verdict, contest
+from ..search.gradient import Fitting, Pairs
+from ..search.objective import FINE, Distance, FrechetTo, Objective, Scorer, solved
+from ..solvers import start_noise
+from ..train.build import own_module
+from ..train.trainer import Nobody, Watch
+
+OBJECTIVES = ("distance", "frechet")
+CHUNK = 64
+"""Starts that are solved finely at a time, and kept."""
+
+
+def search(
+    model: str, nfe: int, *, out: File = File("plan.json"), objective: str = "distance", how: str = "auto",
+    budget: int = 300, starts: int = 256, guidance: float = 1.0, prompts: File | None = None, seed: int = 0,
+    resume: bool = False, device: str = "cpu", watch: Watch | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Write the best plan of ``nfe`` calls for a teacher; the result says what it gains over each fixed sampler.
+
+    ``objective``: distance (to the fine solution from the same start), frechet (features of samples against those of
+    the fine solution), or FILE.py:FUNCTION or MODULE:FUNCTION of one's own. ``budget`` candidates see up to
+    ``starts`` starts. The state is kept in the folder ``OUT.search`` until the plan is written.
+    """
+    watch, began = watch or Nobody(), time.perf_counter()
+    _sane(nfe, how, budget, starts, seed, out)
+    scored = _own(objective)
+    teacher = _teacher(model)
+    state = out.with_name(f"{out.name}.search")
+    if state.exists() and not resume:
+        raise Refused(f"{state} holds a search that was not finished: add --resume, or remove that folder")
+    if resume and not state.exists():
+        raise Refused(f"nothing to resume: there is no {state}; leave out --resume to start")
+    teacher.denoiser.to(device).requires_grad_(False)
+    denoiser: Denoiser = teacher.denoiser if guidance == 1 else Guided(teacher.denoiser, guidance, teacher.null)
+    conditions = _conditions(teacher, prompts)
+    state.mkdir(parents=True, exist_ok=True)
+    journal = Journal(state / "journal.jsonl", {
+        "teacher": teacher.sha256 or model, "nfe": nfe, "objective": objective, "how": how, "budget": budget,
+        "starts": starts, "guidance": guidance, "prompts": None if prompts is None else prompts.read_text("utf-8"),
+        "seed": seed, "device": torch.device(device).type, "fine": FINE,
+    })  # fmt: skip
+    counts = {"train": starts, "valid": max(32, starts // 2), "held": starts}
+    watch.start("fine solution", sum(counts.values()))
+    sets, done = dict[str, Pairs](), 0
+    for name, count in counts.items():
+        sets[name] = _pairs(denoiser, teacher.shape, conditions, name, count, seed, device, state, watch, done)
+        done += count
+    watch.finish("fine solution")
+    wanted = _objective(objective, scored, teacher, sets)
+    options = Contest(
+        denoiser, sets["train"], sets["valid"], sets["held"], wanted, _how(how),
+        Evolution(budget=budget, first=min(64, starts), seed=seed), Fitting(batch=min(128, starts), seed=seed), CHUNK,
+    )  # fmt: skip
+    verdict = contest(nfe, options, journal=journal, tell=_teller(watch))
+    verdict.plan.save(out)
+    shutil.rmtree(state, ignore_errors=True)
+    return _result(verdict, model, out, nfe, objective, starts, time.perf_counter() - began)
+
+
+def _sane(nfe: int, how: str, budget: int, starts: int, seed: int, out: File) -> None:
+    if not 1 <= nfe <= 1000:
+        raise Refused(f"nfe must lie between 1 and 1000 calls, got {nfe}")
+    if how not in HOWS:
+        raise Refused(f"unknown search {how!r}: one of {', '.join(HOWS)}")
+    if budget < 1:
+        raise Refused(f"budget must be at least 1 candidate, got {budget}")
+    if starts < 2:
+        raise Refused(f"starts must be at least 2, got {starts}")
+    if not 0 <= seed < 2**62:
+        raise Refused(f"seed must lie between 0 and {2**62 - 1}, got {seed}")
+    if how in ("cma", "tpe"):
+        from ..errors import need
+
+        need("cma" if how == "cma" else "optuna", "search")
+    if out.exists():
+        raise Refused(f"{out} is already there: take another --out")
+    if not out.parent.is_dir():
+        raise Refused(f"there is no folder {out.parent}")
+
+
+def _how(text: str) -> How:
+    return next(how for how in ("auto", "evolution", "gradient", "cma", "tpe") if how == text)  # type: ignore[return-value]
+
+
+def _teacher(model: str) -> Any:
+    from ..interop import load_teacher
+
+    folder = File(model)
+    inside = folder / "teacher"
+    return load_teacher(inside if (inside / "fewstep.json").is_file() else model)
+
+
+def _own(objective: str) -> Callable[..., Any] | None:
+    """The function of ``FILE.py:FUNCTION`` or ``MODULE:FUNCTION``; None for an objective of ours."""
+    if objective in OBJECTIVES:
+        return None
+    place, _, name = objective.rpartition(":")
+    if not place:
+        from ..registry import nearest
+
+        raise Refused(
+            f"unknown objective {objective!r}: {nearest(objective, list(OBJECTIVES))} (or FILE.py:FUNCTION of your own)"
+        )
+    if place.endswith(".py"):
+        if not File(place).is_file():
+            raise Refused(f"there is no {place}: an objective is FILE.py:FUNCTION, or one of {', '.join(OBJECTIVES)}")
+        module = own_module(File(place))
+    else:
+        try:
+            module = importlib.import_module(place)
+        except ImportError as error:
+            raise Refused(f"objective {objective!r}: {error}") from None
+    found = getattr(module, name, None)
+    if not callable(found):
+        raise Refused(f"{place} has no function {name!r}: scorer(samples, cond) -> a number, lower is better")
+    made: Callable[..., Any] = found
+    return made
+
+
+def _conditions(teacher: Any, prompts: File | None) -> Callable[[int], Cond]:
+    """(count) -> the conditions of that many starts: labels or prompts in turn."""
+    if prompts is not None:
+        try:
+            lines = [line.strip() for line in prompts.read_text("utf-8").splitlines() if line.strip()]
+        except UnicodeDecodeError:
+            raise Refused(f"{prompts} is not text in UTF-8") from None
+        if not lines:
+            raise Refused(f"{prompts} holds no prompt: write one a line")
+        known = teacher.embed(lines)
+        return lambda count: rows_of(known, torch.arange(count) % len(lines))
+    if teacher.recording is not None and teacher.classes is None and teacher.recording.negative is not None:
+        raise Refused(f"{teacher.name} takes prompts: give --prompts, a text file with one a line")
+    if teacher.classes:
+        return lambda count: torch.arange(count) % teacher.classes
+    return lambda count: None
+
+
+def _pairs(
+    model: Denoiser, shape: tuple[int, ...], conditions: Callable[[int], Cond], name: str, count: int, seed: int,
+    device: str, state: File, watch: Watch, done: int,
+) -> Pairs:  # fmt: skip
+    """Starts and their fine solution; every chunk is kept once it is whole."""
+    from safetensors.torch import load_file, save_file
+
+    rng = torch.Generator().manual_seed(mix(seed, "starts", name))
+    noise = torch.randn((count, *shape), generator=rng)
+    x, cond = start_noise(model.path, model.path.t_max, noise).to(device), move(conditions(count), device)
+    found = []
+    for at in range(0, count, CHUNK):
+        part, file = slice(at, at + CHUNK), state / f"fine-{name}-{at}.safetensors"
+        if not file.is_file():
+            ends = solved(model, x[part], rows_of(cond, part), batch=CHUNK // 2).ends
+            aside = file.with_name(f".{file.name}.{os.getpid()}.part")
+            save_file({"ends": ends.cpu().contiguous()}, aside)
+            aside.replace(file)
+        found.append(load_file(file)["ends"].to(device))
+        watch.advance("fine solution", done + min(at + CHUNK, count))
+    ends = torch.cat(found)
+    if not ends.isfinite().all():
+        raise Refused("the fine solution of this teacher is not finite: nothing can be searched on it")
+    return Pairs(x, cond, ends)
+
+
+def _objective(text: str, own: Callable[..., Any] | None, teacher: Any, sets: dict[str, Pairs]) -> Objective:
+    ends = sets["train"].ends
+    low, high = teacher.value_range or (-1.0, 1.0)
+
+    def finish(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            done: Tensor = teacher.decode(x.float().cpu()).clamp(low, high)
+            return done
+
+    if own is not None:
+        return Scorer(own, text, finish)
+    if text == "distance":
+        return Distance(float(ends.double().std()))
+    features = RandomConv(tuple(teacher.shape), seed=1) if len(teacher.shape) == 3 else Coordinates()
+    return FrechetTo(lambda x: features(x.float().cpu()), torch.cat([pairs.ends for pairs in sets.values()]))
+
+
+def _teller(watch: Watch) -> Callable[[str, int, int, float], None]:
+    """Stages as bars, one after the other."""
+    running: list[str] = []
+
+    def tell(stage: str, done: int, total: int, best: float) -> None:
+        if stage not in running:
+            watch.start(stage, total)
+            running.append(stage)
+        watch.advance(stage, done, f"best {best:.4g}")
+        if done >= total:
+            watch.finish(stage)
+
+    return tell
+
+
+def _result(
+    verdict: Verdict, model: str, out: File, nfe: int, objective: str, starts: int, seconds: float
+) -> dict[str, Any]:
+    rows = [
+        {"sampler": name.split()[0], "grid": (name.split() + [None])[1], "score": score, "gain": score / verdict.score}
+        for name, score in verdict.fixed.items()
+    ]
+    how = {"fixed": "no candidate beat the best fixed sampler: the plan is that one"}
+    line = how.get(verdict.how) or (
+        f"{out}: {verdict.score:.4g} on {starts} unseen starts, {verdict.gain:.2f} times below the best fixed sampler "
+        f"({verdict.best_fixed}), found by {verdict.how}"
+    )
+    return {
+        "plan": str(out), "model": model, "nfe": nfe, "objective": objective, "found_by": verdict.how,
+        "score": verdict.score, "best_fixed": verdict.best_fixed, "gain": verdict.gain, "unseen_starts": starts,
+        "seconds": round(seconds, 1), "fixed": rows, "line": line,
+    }  # fmt: skip
+
+
+def table_of(result: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows for people: the plan, then every fixed sampler on its best grid."""
+    best: dict[str, dict[str, Any]] = {}
+    for row in result["fixed"]:
+        best.setdefault(row["sampler"], row)
+    rows: list[list[Any]] = [["the plan", None, result["score"], 1.0]]
+    rows += [[row["sampler"], row["grid"], row["score"], row["gain"]] for row in best.values()]
+    return ["sampler", "grid", result["objective"], "times the plan's"], rows
+
+
+__all__ = ["OBJECTIVES", "search", "table_of"]
