@@ -115,7 +115,11 @@ def leaving_out(model: Any, names: Iterable[str]) -> Iterator[None]:
 
     ValueError for a name that is no submodule; while running, for one that is no residual block.
     """
-    net, wanted = network_of(model), set(names)
+    wanted = set(names)
+    if not wanted:
+        yield
+        return
+    net = network_of(model)
     blocks = {name: module for name, module in net.named_modules() if name in wanted}
     for name in sorted(wanted):
         if name not in blocks:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..cond import Cond, rows
+from ..nets.skipping import leaving_out
 from ..path import Path
 from ..rng import mix
 from ..solvers import SolverPlan, StepPlan
@@ -64,6 +65,7 @@ class Free:
     def __init__(self, path: Path, plan: SolverPlan) -> None:
         plan = SolverPlan.of(path, plan.solver(), plan.times(path))
         self.path, self.count, self.end = path, plan.nfe, plan.end
+        self.skips = [step.skip for step in plan.steps]
         self.first = plan.levels[0]
         start = path.t_max if self.first is None else float(path.time(self.first))
         self.top, self.low = float(path.lam(start)), float(path.lam(path.t_low))
@@ -105,7 +107,7 @@ class Free:
         """The plan that gives these very samples."""
         values, steps, at = self.shares.tolist(), list[StepPlan](), 0
         for k in range(self.count):
-            steps.append(StepPlan(weights=tuple(values[at : at + k + 1])))
+            steps.append(StepPlan(weights=tuple(values[at : at + k + 1]), skip=self.skips[k]))
             at += k + 1
         return SolverPlan(levels=(self.first, *self.lams().tolist()), end=self.end, steps=tuple(steps))
 
@@ -116,10 +118,11 @@ class Free:
         coefs = path.coefs(start)
         alpha, sigma, guesses, at = coefs.alpha, coefs.sigma, list[Tensor](), 0
         for k in range(self.count):
-            if k == 0:
-                guesses.append(model(x, start, cond, "x0"))
-            else:
-                guesses.append(asked(model, path, x, lams[k - 1], cond, timed))
+            with leaving_out(model, self.skips[k]):
+                if k == 0:
+                    guesses.append(model(x, start, cond, "x0"))
+                else:
+                    guesses.append(asked(model, path, x, lams[k - 1], cond, timed))
             if k + 1 < self.count:
                 ahead = path.coefs(path.time(lams[k]))
             else:

@@ -6,41 +6,32 @@ AutoDiffusion's second stage (Li et al. 2023, https://arxiv.org/abs/2309.10438):
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..cond import Cond, rows
 from ..errors import Refused
 from ..nets.skipping import flops, skippable
 from ..rng import mix
-from ..solvers import SolverPlan, sample, start_noise
-from .evolve import Evolution, Space, evolve
+from ..solvers import SolverPlan
+from .contest import Contest, Tell
+from .evolve import Space, evolve
+from .gradient import differentiable, fit
 from .journal import Journal
+from .objective import Judge
 
 Slot = tuple[int, str]
 """A step of the plan, and a block that its call leaves out."""
 Mask = frozenset[Slot]
-Judge = Callable[[Tensor, Tensor], float]
-"""(samples, those of the whole network from the same starts) -> what is lost, lower is better."""
-
-
-def apart(samples: Tensor, whole: Tensor) -> float:
-    """The root mean square distance."""
-    return float((samples - whole).square().mean().sqrt())
 
 
 def masked(plan: SolverPlan, mask: Mask) -> SolverPlan:
     """The plan with these blocks left out at these steps, in place of any that it left out before."""
-    steps = tuple(
-        step.model_copy(update={"skip": tuple(sorted(name for at, name in mask if at == i))})
-        for i, step in enumerate(plan.steps)
-    )
-    return plan.model_copy(update={"steps": steps})
+    return plan.skipping([sorted(name for at, name in mask if at == i) for i in range(plan.nfe)])
 
 
 class MaskSpace(Space[Mask]):
@@ -125,74 +116,75 @@ class MaskSpace(Space[Mask]):
 
 @dataclass(frozen=True)
 class Pruned:
-    """A plan that leaves blocks out, and what that costs on starts that did not choose it.
+    """A plan that leaves blocks out, and its score on starts that nothing was chosen on.
 
-    ``flops``: over the whole network's. ``loss`` on the starts of the search; on fresh ones ``held_out``, and
-    ``chance``: the losses of masks of the same budget drawn at random.
+    ``flops``: over those of the whole network. ``score`` of the plan, ``whole`` of the plan that it began with, and
+    ``chance`` of masks of the same budget drawn at random, in place of the found one.
     """
 
     plan: SolverPlan
     flops: float
-    loss: float
-    held_out: float
+    score: float
+    whole: float
     chance: tuple[float, ...]
 
 
-@torch.no_grad()
 def prune(
-    model: Any,
     plan: SolverPlan,
-    noise: Tensor,
-    cond: Cond = None,
+    contest: Contest,
     *,
     keep: float = 0.9,
-    judge: Judge = apart,
-    options: Evolution | None = None,
     journal: Journal | None = None,
-    tell: Callable[[int, float], None] | None = None,
+    tell: Tell | None = None,
 ) -> Pruned:
-    """The blocks to leave out at each call of a plan so that at most ``keep`` of the FLOPs are left.
+    """Leave blocks out at each call of a plan, so that at most ``keep`` of the FLOPs are left and the score is least.
 
-    ``noise`` [n, *shape] is standard normal; the first ``options.starts`` rows choose, the rest, at least as many,
-    report. ``judge`` says what is lost against the whole network's samples, by default the distance to them; a
-    Fréchet distance to data stands there as well, if it reads another network than the one that measures. Raises
-    Refused where the network has no blocks to leave out, or not enough of them.
+    First every slot is left out alone; evolution begins with the least harmful for their cost. Then levels and weights
+    are fitted once more to what is left of the network, where a gradient flows and the fit is better on the validation
+    starts. Objective and starts are the contest's, as in the search for the plan. Raises Refused where the network has
+    no blocks to leave out, or not enough of them.
     """
-    options = options or Evolution(budget=300, starts=256, first=64)
     if not 0 < keep < 1:
         raise Refused(f"keep is a share of the FLOPs between 0 and 1, got {keep:g}")
-    if len(noise) < 2 * options.starts:
-        raise Refused(f"{len(noise)} starts: {options.starts} choose and as many report, give {2 * options.starts}")
-    time = plan.times(model.path)[0]
-    start = start_noise(model.path, time, noise)
-
-    def drawn(mask: Mask, part: slice) -> Tensor:
-        return sample(model, start[part], masked(plan, mask), cond=rows(cond, part))
+    model, journal = contest.model, journal or Journal()
+    say: Tell = tell or (lambda stage, done, total, best: None)
+    train, valid, held = (
+        Judge(model, pairs, contest.objective, contest.batch) for pairs in (contest.train, contest.valid, contest.held)
+    )
+    time, one = plan.times(model.path)[0], contest.train.rows(slice(0, 1))
 
     def once() -> Any:
-        return model(start[:1], time, rows(cond, slice(0, 1)))
+        return model(one.x, time, one.cond)
 
-    blocks = skippable(model, once)
+    with torch.no_grad():
+        blocks, whole = skippable(model, once), flops(once)
     if not blocks:
         raise Refused("the network has no residual blocks of equal shapes that could be left out")
-    fresh = slice(options.starts, None)
-    whole = drawn(frozenset(), slice(None))
+    count = len(contest.train)
+    evolution = replace(contest.evolution, starts=count, first=min(contest.evolution.first, count))
 
-    def score(mask: Mask, count: int) -> float:
-        return judge(drawn(mask, slice(0, count)), whole[:count])
+    def score(mask: Mask, starts: int | None = None) -> float:
+        return train(masked(plan, mask), starts)
 
-    book = journal or Journal()
-    few = options.first
     slots = [(i, name) for i in range(plan.nfe) for name in blocks]
-    calm = judge(whole[:few], whole[:few])
-    harm = {s: max(book.answer(f"harm {s}", lambda s=s: score(frozenset([s]), few)) - calm, 0.0) for s in slots}  # type: ignore[misc]
-    space = MaskSpace(plan, flops(once), blocks, keep, harm, options.seed)
-    best = evolve(space, score, options, journal=book, tell=tell)[0]
-    lots = space.chance(16, random.Random(mix(options.seed, "chance")))
-    return Pruned(
-        plan=masked(plan, best.genome),
-        flops=space.share(best.genome),
-        loss=best.score,
-        held_out=judge(drawn(best.genome, fresh), whole[fresh]),
-        chance=tuple(judge(drawn(mask, fresh), whole[fresh]) for mask in lots),
-    )
+    calm, harm = score(frozenset(), evolution.first), dict[Slot, float]()
+    for k, slot in enumerate(slots):
+        alone = journal.answer(f"alone {slot}", lambda slot=slot: score(frozenset([slot]), evolution.first))  # type: ignore[misc]
+        harm[slot] = max(alone - calm, 1e-6)
+        say("blocks alone", k + 1, len(slots), calm)
+    space = MaskSpace(plan, whole, blocks, keep, harm, evolution.seed)
+    found = evolve(
+        space, score, evolution, journal=journal,
+        tell=lambda done, best: say("masks", done, evolution.budget, best),
+    )  # fmt: skip
+    mask = min((one.genome for one in found[:5]), key=lambda mask: valid(masked(plan, mask)))
+    best = masked(plan, mask)
+    if contest.objective.smooth and differentiable(model, model.path, contest.train)[0]:
+        fitted, _ = fit(
+            model, best, contest.train, contest.valid, contest.fitting, journal=journal,
+            tell=lambda done, least: say("gradient", done, contest.fitting.steps, math.sqrt(least)),
+        )  # fmt: skip
+        best = min(best, fitted, key=valid)
+    lots = space.chance(16, random.Random(mix(evolution.seed, "chance")))
+    chance = tuple(held(masked(plan, other)) for other in lots)
+    return Pruned(best, space.share(mask), held(best), held(masked(plan, frozenset())), chance)

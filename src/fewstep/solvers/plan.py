@@ -131,6 +131,9 @@ class SolverPlan(Part):
         """
         if solver.stochastic:
             raise ValueError(f"{solver.name} draws noise: a plan of it cannot be read off")
+        if isinstance(solver, Planned) and any(step.skip for step in solver.plan.steps):
+            bare = solver.plan.skipping([()] * solver.plan.nfe)
+            return cls.of(path, bare.solver(), times).skipping([step.skip for step in solver.plan.steps])
         grid = tuple(descending(times if isinstance(times, Tensor) else tuple(times)).tolist())
         probe = _Probe(path)
         state = solver.init(path, grid)
@@ -140,6 +143,11 @@ class SolverPlan(Part):
         count = len(probe.times)
         rows = torch.stack([*probe.rows, x[0]])[:, : count + 1]
         return _canonical(path, (*probe.times, grid[-1]), rows)
+
+    def skipping(self, blocks: Sequence[Sequence[str]]) -> SolverPlan:
+        """The same plan, whose calls leave out these blocks of the network, in place of those it left out before."""
+        steps = zip(self.steps, blocks, strict=True)
+        return self.model_copy(update={"steps": tuple(s.model_copy(update={"skip": tuple(b)}) for s, b in steps)})
 
     def times(self, path: Path) -> tuple[float, ...]:
         """The descending times on a path; ValueError where the path does not reach a level."""
