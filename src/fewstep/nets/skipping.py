@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from torch.utils.flop_counter import FlopCounterMode
 
 Key = int | str
 Route = Key | tuple[Key | None, ...]
@@ -91,6 +90,8 @@ def skippable(model: Any, run: Callable[[], Any]) -> dict[str, int]:
 
 def flops(run: Callable[[], Any]) -> int:
     """Floating-point operations of the matrix products and convolutions in ``run``."""
+    from torch.utils.flop_counter import FlopCounterMode
+
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
         run()
     return int(counter.get_total_flops())
