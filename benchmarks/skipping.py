@@ -69,8 +69,8 @@ def main() -> None:
     found = prune(plan, contest, keep=options.keep)
     print(f"{found.flops:.3f} of the FLOPs, found in {time.perf_counter() - began:.0f} s")
     print(
-        f"distance to the fine solution on unseen starts {found.score:.4f}; whole network {found.whole:.4f}; random masks "
-        f"of the budget {statistics.fmean(found.chance):.4f}, the best of {len(found.chance)} {min(found.chance):.4f}"
+        f"distance to the fine solution on unseen starts {found.score:.4f}; whole network {found.whole:.4f}; random "
+        f"masks of the budget {statistics.fmean(found.chance):.4f}, the best of {len(found.chance)} {min(found.chance):.4f}"
     )
     for i, step in enumerate(found.plan.steps):
         print(f"  call {i}: {', '.join(step.skip) or 'nothing left out'}")
