@@ -156,7 +156,7 @@ def toy(budget: int) -> dict[str, Any]:
     from fewstep.teachers import Mixture
 
     angle = torch.arange(4, dtype=torch.float64) * math.pi / 2
-    law = Mixture([0.4, 0.3, 0.2, 0.1], 2 * torch.stack([angle.cos(), angle.sin()], 1), 0.25, path=VariancePreserving())
+    law = Mixture([1.0] * 4, 2 * torch.stack([angle.cos(), angle.sin()], 1), 0.25, path=VariancePreserving())
 
     def starts(seed: int) -> Pairs:
         rng = torch.Generator().manual_seed(seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable
 from typing import Literal
 
@@ -38,11 +39,10 @@ class Moves:
 
     def plan(self, moves: list[float]) -> SolverPlan:
         """The plan; its last level is held inside the path."""
-        inner, at = list[float](), self.levels[0]
-        gaps = [b - a for a, b in zip(self.levels[:-1], self.levels[1:], strict=True)]
-        for gap, move in zip(gaps, moves, strict=False):
-            at += gap if move == 0 else max(2 * GAP, gap * math.exp(move))
-            inner.append(at)
+        inner, shift = list[float](), 0.0
+        for before, lam, move in zip(self.levels[:-1], self.levels[1:], moves, strict=False):
+            shift += max(2 * GAP, (lam - before) * math.exp(move)) - (lam - before)
+            inner.append(lam + shift)
         if inner and inner[-1] > self.space.low:
             part = (self.space.low - self.levels[0]) / (inner[-1] - self.levels[0])
             inner = [self.levels[0] + part * (lam - self.levels[0]) for lam in inner]

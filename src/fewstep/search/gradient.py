@@ -142,7 +142,7 @@ def asked(model: Any, path: Path, x: Tensor, lam: Tensor, cond: Cond, timed: boo
     if timed or not torch.is_grad_enabled():
         guess: Tensor = model(x, path.time(lam) if timed else float(path.time(lam)), cond, "x0")
         return guess
-    level = float(lam)
+    level = float(lam.detach())
     guess = model(x, float(path.time(level)), cond, "x0")
     return guess + rate(model, path, x, level, cond) * (lam - level)
 
