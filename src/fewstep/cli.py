@@ -533,6 +533,7 @@ def search(
     budget: Annotated[int, typer.Option(help="Candidates that are scored.")] = 300,
     starts: Annotated[int, typer.Option(help="Starts to search on, and as many unseen ones for the verdict.")] = 256,
     guidance: Annotated[float, typer.Option(help="Scale at which the plan will be used.")] = 1.0,
+    keep: Annotated[float, typer.Option(help="Leave blocks out until this share of the FLOPs is left.")] = 1.0,
     prompts: PromptFile = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the search that was stopped.")] = False,
     seed: Annotated[int, typer.Option(help="The same seed gives the same plan.")] = 0,
@@ -554,6 +555,7 @@ def search(
       fewstep search ./my-pipeline --nfe 5 -o plan.json
       fewstep search ./my-pipeline --nfe 8 --prompts prompts.txt --guidance 5
       fewstep search digits --nfe 4 --objective ./mine.py:score
+      fewstep search digits --nfe 4 --keep 0.9
       fewstep sample digits --plan plan.json
     """
     screen, place = Screen(quiet, verbose, json), pick_device(device)
@@ -564,7 +566,7 @@ def search(
     with screen, _stoppable(out):
         result = jobs.search(
             model, nfe, out=out, objective=objective, how=how, budget=budget, starts=starts, guidance=guidance,
-            prompts=prompts, seed=seed, resume=resume, device=place, watch=screen,
+            keep=keep, prompts=prompts, seed=seed, resume=resume, device=place, watch=screen,
         )  # fmt: skip
     screen.result(result, f"{table(*table_of(result))}\n\n{result['line']}")
 

@@ -128,3 +128,21 @@ def test_what_cannot_be_left_out_is_told():
     exact = mixture(path=PATH)
     with pytest.raises(Refused, match="no residual blocks"):
         prune(recommended(PATH, 2), replace(contest, model=exact))
+
+
+@pytest.mark.slow
+def test_the_command_writes_a_plan_that_leaves_blocks_out(tmp_path, capsys):
+    pytest.importorskip("diffusers")
+    import json
+
+    from fewstep.cli import main
+    from fewstep.solvers import SolverPlan
+
+    out, how = tmp_path / "plan.json", ["--budget", "2", "--starts", "2", "--how", "evolution"]
+    asked = ["search", "digits", "--nfe", "1", "--keep", "0.9", "-o", str(out), *how, "--json", "--threads", "1"]
+    assert main(asked) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["flops"] <= 0.9 and result["pruned_score"] > 0
+    assert [list(step.skip) for step in SolverPlan.load(out).steps] == result["skip"]
+    assert main(["search", "digits", "--nfe", "2", "--keep", "0", "-o", str(tmp_path / "other.json")]) == 2
+    assert "above 0 and at most 1, got 0" in capsys.readouterr().err

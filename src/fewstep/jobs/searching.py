@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path as File
 from typing import Any
 
@@ -23,6 +24,7 @@ from ..search import Evolution, Journal
 from ..search.contest import HOWS, Contest, How, Verdict, contest
 from ..search.gradient import Fitting, Pairs
 from ..search.objective import FINE, Distance, FrechetTo, Objective, Scorer, solved
+from ..search.skipping import Pruned, prune
 from ..solvers import start_noise
 from ..train.build import own_module
 from ..train.trainer import Nobody, Watch
@@ -35,16 +37,19 @@ CHUNK = 64
 def search(
     model: str, nfe: int, *, out: File = File("plan.json"), objective: str = "distance", how: str = "auto",
     budget: int = 300, starts: int = 256, guidance: float = 1.0, prompts: File | None = None, seed: int = 0,
-    resume: bool = False, device: str = "cpu", watch: Watch | None = None,
+    keep: float = 1.0, resume: bool = False, device: str = "cpu", watch: Watch | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Write the best plan of ``nfe`` calls for a teacher; the result says what it gains over each fixed sampler.
 
     ``objective``: distance (to the fine solution from the same start), frechet (features of samples against those of
     the fine solution), or FILE.py:FUNCTION or MODULE:FUNCTION of one's own. ``budget`` candidates see up to
-    ``starts`` starts. The state is kept in the folder ``OUT.search`` until the plan is written.
+    ``starts`` starts. ``keep`` below 1: its calls leave out blocks until that share of the network's FLOPs is left.
+    The state is kept in the folder ``OUT.search`` until the plan is written.
     """
     watch, began = watch or Nobody(), time.perf_counter()
     _sane(nfe, how, budget, starts, seed, out)
+    if not 0 < keep <= 1:
+        raise Refused(f"keep is the share of the FLOPs that is left, above 0 and at most 1, got {keep:g}")
     scored = _own(objective)
     teacher = _teacher(model)
     state = out.with_name(f"{out.name}.search")
@@ -59,7 +64,7 @@ def search(
     journal = Journal(state / "journal.jsonl", {
         "teacher": teacher.sha256 or model, "nfe": nfe, "objective": objective, "how": how, "budget": budget,
         "starts": starts, "guidance": guidance, "prompts": None if prompts is None else prompts.read_text("utf-8"),
-        "seed": seed, "device": torch.device(device).type, "fine": FINE,
+        "seed": seed, "device": torch.device(device).type, "fine": FINE, "keep": keep,
     })  # fmt: skip
     counts = {"train": starts, "valid": max(32, starts // 2), "held": starts}
     watch.start("fine solution", sum(counts.values()))
@@ -74,9 +79,14 @@ def search(
         Evolution(budget=budget, first=min(64, starts), seed=seed), Fitting(batch=min(128, starts), seed=seed), CHUNK,
     )  # fmt: skip
     verdict = contest(nfe, options, journal=journal, tell=_teller(watch))
-    verdict.plan.save(out)
+    pruned = None
+    if keep < 1:
+        few = replace(options, evolution=replace(options.evolution, budget=max(30, budget // 5)))
+        pruned = prune(verdict.plan, few, keep=keep, journal=journal, tell=_teller(watch))
+    (verdict.plan if pruned is None else pruned.plan).save(out)
     shutil.rmtree(state, ignore_errors=True)
-    return _result(verdict, model, out, nfe, objective, starts, time.perf_counter() - began)
+    result = _result(verdict, model, out, nfe, objective, starts, time.perf_counter() - began)
+    return result if pruned is None else _with_blocks_left_out(result, pruned)
 
 
 def _sane(nfe: int, how: str, budget: int, starts: int, seed: int, out: File) -> None:
@@ -213,6 +223,18 @@ def _teller(watch: Watch) -> Callable[[str, int, int, float], None]:
             watch.finish(stage)
 
     return tell
+
+
+def _with_blocks_left_out(result: dict[str, Any], pruned: Pruned) -> dict[str, Any]:
+    chance = sum(pruned.chance) / len(pruned.chance)
+    line = (
+        f"with blocks left out: {100 * pruned.flops:.0f} % of the FLOPs, {pruned.score:.4g} on the same starts (the "
+        f"whole network {pruned.whole:.4g}, random blocks of that cost {chance:.4g})"
+    )
+    skip = [list(step.skip) for step in pruned.plan.steps]
+    return {
+        **result, "flops": pruned.flops, "pruned_score": pruned.score, "skip": skip, "line": f"{result['line']}\n{line}"
+    }  # fmt: skip
 
 
 def _result(

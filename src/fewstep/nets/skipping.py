@@ -6,6 +6,7 @@ the step can do without. A block ``x + f(x)`` that is left out is the identity a
 
 from __future__ import annotations
 
+import threading
 import types
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ Key = int | str
 Route = Key | tuple[Key | None, ...]
 """Which arguments a block gives back when it is left out: one, or one for each of the outputs."""
 
+_lock = threading.Lock()
 _out: ContextVar[frozenset[int]] = ContextVar("blocks left out", default=frozenset())
 _SUMS = ("Add", "Sub", "Addcmul", "Div")  # Div: a sum over a constant, in diffusers
 _MOVES = (
@@ -127,8 +129,9 @@ def leaving_out(model: Any, names: Iterable[str]) -> Iterator[None]:
             raise ValueError(
                 f"{type(net).__name__} has no block {name!r} to leave out: was the plan made for another network?"
             )
-    for name, module in blocks.items():
-        _watch(module, name)
+    with _lock:
+        for name, module in blocks.items():
+            _watch(module, name)
     token = _out.set(_out.get() | {id(module) for module in blocks.values()})
     try:
         yield
