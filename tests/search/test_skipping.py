@@ -17,10 +17,10 @@ from fewstep.nets.skipping import flops, leaving_out
 from fewstep.path import Exploding, NoiseSampler
 from fewstep.search import Evolution, Journal
 from fewstep.search.contest import Contest
-from fewstep.search.gradient import Fitting
+from fewstep.search.gradient import Fitting, Free
 from fewstep.search.objective import Distance, solved
 from fewstep.search.skipping import MaskSpace, masked, prune
-from fewstep.solvers import recommended, start_noise
+from fewstep.solvers import recommended, sample, start_noise
 from fewstep.student import Student
 
 PATH = Exploding(sigma_min=0.02, sigma_max=20.0)
@@ -115,6 +115,15 @@ def test_a_mask_takes_the_place_of_an_older_one():
     plan = masked(recommended(PATH, 2), frozenset([(0, "x"), (1, "z"), (1, "y")]))
     assert [step.skip for step in plan.steps] == [("x",), ("y", "z")]
     assert masked(plan, frozenset()) == recommended(PATH, 2)
+
+
+def test_weights_are_fitted_to_what_is_left_of_the_network(teacher):
+    plan = masked(recommended(PATH, 3), frozenset([(0, "blocks.1"), (2, "blocks.4")]))
+    free, x = Free(PATH, plan), starts(teacher, 5, 8).x
+    assert [step.skip for step in free.plan().steps] == [step.skip for step in plan.steps]
+    assert torch.allclose(free.run(teacher, x, None, True).float(), sample(teacher, x, free.plan()), atol=1e-4)
+    assert torch.allclose(sample(teacher, x, free.plan()), sample(teacher, x, plan), atol=1e-4)
+    assert not torch.allclose(sample(teacher, x, plan), sample(teacher, x, masked(plan, frozenset())), atol=1e-2)
 
 
 def test_what_cannot_be_left_out_is_told():
