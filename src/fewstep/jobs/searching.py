@@ -222,8 +222,8 @@ def _result(
         {"sampler": name.split()[0], "grid": (name.split() + [None])[1], "score": score, "gain": score / verdict.score}
         for name, score in verdict.fixed.items()
     ]
-    how = {"fixed": "no candidate beat the best fixed sampler: the plan is that one"}
-    line = how.get(verdict.how) or (
+    said = {"fixed": f"{out}: no candidate beat the best fixed sampler, {verdict.best_fixed}: the plan is that one"}
+    line = said.get(verdict.how) or (
         f"{out}: {verdict.score:.4g} on {starts} unseen starts, {verdict.gain:.2f} times below the best fixed sampler "
         f"({verdict.best_fixed}), found by {verdict.how}"
     )

@@ -2,7 +2,7 @@
 
 A deterministic plan in the data form is ``x_next = (sigma_next / sigma) x + whole sum_k share_k x0_k``: a start and
 all guesses so far, ``whole`` being the weight of a guess that never changes. Levels and shares are the parameters;
-the loss is the squared distance to the end of the exact flow from the same start.
+the loss is the squared distance to the end of the exact flow from the same start, or another one of that kind.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from ..cond import Cond, rows
 from ..path import Path
 from ..rng import mix
-from ..solvers import SolverPlan, StepPlan
+from ..solvers import SolverPlan, StepPlan, sample
 from .journal import Journal
 
 NUDGE = 0.01
@@ -56,6 +56,15 @@ class Fitting:
     every: int = 20
     patience: int = 10
     seed: int = 0
+
+
+Squares = Callable[[Tensor, Pairs], Tensor]
+"""(samples, pairs) -> [n], the loss of each sample; differentiable in the samples."""
+
+
+def squares(samples: Tensor, pairs: Pairs) -> Tensor:
+    """The mean squared distance to the end of the exact flow, sample by sample."""
+    return (samples - pairs.ends).square().flatten(1).mean(1)
 
 
 class Free:
@@ -187,13 +196,14 @@ def fit(
     valid: Pairs,
     options: Fitting | None = None,
     *,
+    loss: Squares = squares,
     journal: Journal | None = None,
     tell: Callable[[int, float], None] | None = None,
 ) -> tuple[SolverPlan, float]:
-    """A plan fitted from a first one, and its mean squared error on the validation starts.
+    """A plan fitted from a first one, and its mean loss on the validation starts.
 
     Never worse there than the plan it begins with. ``tell(step, best)`` hears of every step. The parameters are
-    float64, samples keep their own type. Raises ValueError where no gradient reaches the start of the network.
+    float64, samples keep their own type. Raises ValueError where no gradient flows through the network.
     """
     options, journal = options or Fitting(), journal or Journal()
     path = model.path
@@ -201,7 +211,7 @@ def fit(
     if not able:
         raise ValueError("no gradient flows through this network: its plans can be searched, not fitted")
     free = Free(path, plan)
-    best, least, stale = free.plan(), error(model, plan, valid), 0
+    best, least, stale = free.plan(), error(model, plan, valid, loss), 0
     moments = [torch.zeros_like(p) for p in (*free.parameters, *free.parameters)]
     frozen = [p for p in getattr(model, "parameters", list)() if p.requires_grad]
     for p in frozen:
@@ -210,7 +220,7 @@ def fit(
         for step in range(options.steps):
             state = journal.answer(
                 f"{mix(plan.model_dump_json())} fit {step}",
-                lambda step=step: _step(model, free, moments, train, timed, options, step),  # type: ignore[misc]
+                lambda step=step: _step(model, free, moments, train, timed, loss, options, step),  # type: ignore[misc]
             )
             _restore(free, moments, state)
             last = step + 1 == options.steps
@@ -218,7 +228,7 @@ def fit(
                 now = free.plan()
                 found = journal.answer(
                     f"{mix(now.model_dump_json())} valid",
-                    lambda now=now: _finite(error(model, now, valid)),  # type: ignore[misc]
+                    lambda now=now: _finite(error(model, now, valid, loss)),  # type: ignore[misc]
                 )
                 stale += 1
                 if found is not None and found < least:
@@ -238,21 +248,17 @@ def _finite(value: float) -> float | None:
 
 
 @torch.no_grad()
-def error(model: Any, plan: SolverPlan, pairs: Pairs, batch: int = 512) -> float:
-    """Mean over starts and coordinates of the squared distance to the ends."""
-    from ..solvers import sample
-
+def error(model: Any, plan: SolverPlan, pairs: Pairs, loss: Squares = squares, batch: int = 512) -> float:
+    """The mean loss of a plan's samples: by default their mean squared distance to the ends."""
     total = 0.0
     for at in range(0, len(pairs), batch):
         part = pairs.rows(slice(at, at + batch))
-        total += float(
-            (sample(model, part.x, plan, cond=part.cond) - part.ends).double().square().flatten(1).mean(1).sum()
-        )
+        total += float(loss(sample(model, part.x, plan, cond=part.cond), part).double().sum())
     return total / len(pairs)
 
 
 def _step(
-    model: Any, free: Free, moments: list[Tensor], train: Pairs, timed: bool, options: Fitting, step: int
+    model: Any, free: Free, moments: list[Tensor], train: Pairs, timed: bool, loss: Squares, options: Fitting, step: int
 ) -> list[list[float]]:
     """One step of Adam (Kingma & Ba 2015), on rows that are a function of the seed and the step."""
     rng = torch.Generator().manual_seed(mix(options.seed, "fit", step))
@@ -262,9 +268,8 @@ def _step(
     parameters = [p.detach().clone().requires_grad_() for p in free.parameters]
     held, (free.levels, free.shares) = free.parameters, parameters
     with torch.enable_grad():
-        away = free.run(model, part.x, part.cond, timed) - part.ends
-        loss = away.square().mean()
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        mean = loss(free.run(model, part.x, part.cond, timed), part).mean()
+        gradients = torch.autograd.grad(mean, parameters, allow_unused=True)
     free.levels, free.shares = held
     rate_now = options.rate * (1 + math.cos(math.pi * step / options.steps)) / 2
     count = len(parameters)
