@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import shutil
 import time
@@ -43,6 +44,8 @@ from ..train.trainer import Nobody, Watch
 OBJECTIVES = ("auto", "features", "distance", "frechet")
 TAPS = 3
 """Layers of the teacher that look at samples."""
+GRAPH = 2**16
+"""Numbers of a state that go through the differentiable sampler at once."""
 CHUNK = 64
 """Starts that are solved finely at a time, and kept."""
 
@@ -87,7 +90,9 @@ def search(
     wanted = _objective(objective, scored, teacher, denoiser, sets)
     options = Contest(
         denoiser, sets["train"], sets["valid"], sets["held"], wanted, _how(how),
-        Evolution(budget=budget, first=min(64, starts), seed=seed), Fitting(batch=min(128, starts), seed=seed), CHUNK,
+        Evolution(budget=budget, first=min(64, starts), seed=seed),
+        Fitting(steps=200, batch=min(64, starts), at_once=max(1, min(64, GRAPH // math.prod(teacher.shape))), seed=seed),
+        CHUNK,
     )  # fmt: skip
     verdict = contest(nfe, options, journal=journal, tell=_teller(watch))
     verdict.plan.save(out)

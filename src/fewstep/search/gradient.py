@@ -46,6 +46,8 @@ class Pairs:
 class Fitting:
     """How weights are fitted: ``steps`` of Adam on ``batch`` starts, the rate falling like a cosine from ``rate``.
 
+    ``at_once`` of them go through the sampler together, for memory's sake; it changes rounding alone.
+
     Every ``every`` steps the fit is scored on the validation starts; the best one is returned, and the fit ends
     where ``patience`` scores in turn were no better. ``consistent``: the weights of each step keep their sum, so
     that a guess that never changes is still followed exactly.
@@ -53,7 +55,8 @@ class Fitting:
 
     steps: int = 400
     batch: int = 128
-    rate: float = 0.02
+    at_once: int = 128
+    rate: float = 0.01
     every: int = 20
     patience: int = 10
     consistent: bool = False
@@ -271,12 +274,16 @@ def _step(
     rng = torch.Generator().manual_seed(mix(options.seed, "fit", step))
     batch = min(options.batch, len(train))
     pick = torch.randperm(len(train), generator=rng)[:batch]
-    part = train.rows(pick.to(train.x.device))
+    pick = pick.to(train.x.device)
     parameters = [p.detach().clone().requires_grad_() for p in free.parameters]
     held, (free.levels, free.shares) = free.parameters, parameters
-    with torch.enable_grad():
-        mean = loss(free.run(model, part.x, part.cond, timed), part).mean()
-        gradients = torch.autograd.grad(mean, parameters, allow_unused=True)
+    gradients: list[Tensor | None] = [None for _ in parameters]
+    for some in pick.split(options.at_once):
+        part = train.rows(some)
+        with torch.enable_grad():
+            mean = loss(free.run(model, part.x, part.cond, timed), part).sum() / batch
+            found = torch.autograd.grad(mean, parameters, allow_unused=True)
+        gradients = [a if b is None else b if a is None else a + b for a, b in zip(gradients, found, strict=True)]
     free.levels, free.shares = held
     rate_now = options.rate * (1 + math.cos(math.pi * step / options.steps)) / 2
     count = len(parameters)
