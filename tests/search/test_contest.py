@@ -14,7 +14,7 @@ from fewstep.search import Evolution, Journal, evolve
 from fewstep.search.contest import Contest, contest
 from fewstep.search.continuous import Moves, tune
 from fewstep.search.gradient import Fitting, Free, Pairs, differentiable, error, fit
-from fewstep.search.objective import Distance, FrechetTo, Judge, Objective, Scorer, ends
+from fewstep.search.objective import Distance, FeatureDistance, FrechetTo, Judge, Objective, Scorer, ends
 from fewstep.search.plans import PlanSpace, apart, fixed_samplers, lams, plainly
 from fewstep.solvers import SolverPlan, StepPlan, recommended, sample, solver_named
 from fewstep.teachers import Mixture
@@ -279,6 +279,33 @@ def test_a_scorer_of_ones_own_sees_finished_samples_and_their_condition():
     assert scorer(pairs.ends, pairs) == pytest.approx(127.5)
     with pytest.raises(ValueError, match=r"mine gave shape \[3\]"):
         Scorer(lambda x, cond: torch.zeros(3), "mine", lambda x: x)(pairs.ends, pairs)
+
+
+def test_the_distance_of_features_is_none_at_the_ends_and_grows_away_from_them_with_a_gradient():
+    from fewstep.interop import load_teacher
+
+    teacher = load_teacher("digits").denoiser.requires_grad_(False)
+    teacher.taps = ("mid_block.resnets.0", "mid_block.resnets.1")
+    rng = seeded(0)
+    pairs = Pairs(
+        torch.randn(70, 1, 8, 8, generator=rng), torch.arange(70) % 10, torch.rand(70, 1, 8, 8, generator=rng)
+    )
+    score = FeatureDistance(teacher, pairs)
+    assert score(pairs.ends, pairs) == 0
+    noise = torch.randn(70, 1, 8, 8, generator=rng)
+    near, far = (score(pairs.ends + 0.1 * k * noise, score.marked(pairs)) for k in (1, 4))
+    assert 0 < near < far
+    assert near == pytest.approx(score(pairs.ends + 0.1 * noise, pairs), rel=1e-6)  # marked or not
+    with torch.no_grad():
+        there = teacher(pairs.ends, score.t, pairs.cond, "features")  # this path keeps the signal whole
+        here = teacher(pairs.ends.roll(10, 0), score.t, pairs.cond, "features")
+    parts = [float((a - b).square().mean() / b.flatten(1).var(0).mean()) for a, b in zip(here, there, strict=True)]
+    assert score(pairs.ends.roll(10, 0), pairs) == pytest.approx(math.sqrt(sum(parts) / 2), rel=1e-4)
+    x = (pairs.ends + noise).requires_grad_()
+    assert torch.autograd.grad(score.squares(x, pairs).sum(), x)[0].abs().amax((1, 2, 3)).min() > 0
+    teacher.taps = ()
+    with pytest.raises(ValueError, match="no taps"):
+        FeatureDistance(teacher, pairs)
 
 
 # -- the whole contest ----------------------------------------------------------------------------

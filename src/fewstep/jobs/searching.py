@@ -88,10 +88,12 @@ def search(
         done += count
     watch.finish("fine solution")
     wanted = _objective(objective, scored, teacher, denoiser, sets)
+    if isinstance(wanted, FeatureDistance):
+        sets = {name: wanted.marked(pairs) for name, pairs in sets.items()}
     options = Contest(
         denoiser, sets["train"], sets["valid"], sets["held"], wanted, _how(how),
         Evolution(budget=budget, first=min(64, starts), seed=seed),
-        Fitting(steps=200, batch=min(64, starts), at_once=max(1, min(64, GRAPH // math.prod(teacher.shape))), seed=seed),
+        Fitting(200, min(64, starts), max(1, min(64, GRAPH // math.prod(teacher.shape))), seed=seed),
         CHUNK,
     )  # fmt: skip
     verdict = contest(nfe, options, journal=journal, tell=_teller(watch))

@@ -29,17 +29,21 @@ GAP = 1e-3
 
 @dataclass(frozen=True)
 class Pairs:
-    """Starts at the path's noisiest level [n, *shape], their condition, and where the exact flow takes them."""
+    """Starts at the path's noisiest level [n, *shape], their condition, and where the exact flow takes them.
+
+    ``marks``: what an objective has worked out about the ends, once, rows first.
+    """
 
     x: Tensor
     cond: Cond
     ends: Tensor
+    marks: tuple[Tensor, ...] = ()
 
     def __len__(self) -> int:
         return len(self.x)
 
     def rows(self, index: Tensor | slice) -> Pairs:
-        return Pairs(self.x[index], rows(self.cond, index), self.ends[index])
+        return Pairs(self.x[index], rows(self.cond, index), self.ends[index], tuple(m[index] for m in self.marks))
 
 
 @dataclass(frozen=True)
@@ -221,7 +225,7 @@ def fit(
     if not able:
         raise ValueError("no gradient flows through this network: its plans can be searched, not fitted")
     free = Free(path, plan)
-    best, least, stale = free.plan(), error(model, plan, valid, loss), 0
+    best, least, stale = free.plan(), error(model, plan, valid, loss, options.at_once), 0
     moments = [torch.zeros_like(p) for p in (*free.parameters, *free.parameters)]
     frozen = [p for p in getattr(model, "parameters", list)() if p.requires_grad]
     for p in frozen:
@@ -238,7 +242,7 @@ def fit(
                 now = free.plan()
                 found = journal.answer(
                     f"{mix(now.model_dump_json())} valid",
-                    lambda now=now: _finite(error(model, now, valid, loss)),  # type: ignore[misc]
+                    lambda now=now: _finite(error(model, now, valid, loss, options.at_once)),  # type: ignore[misc]
                 )
                 stale += 1
                 if found is not None and found < least:

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from .gradient import Pairs, squares
 
 CLEAR = 2.0
 """lam at which the teacher's features look at a sample: sigma / alpha is 0.14."""
+CHUNK = 64
+"""Samples whose distance is taken at a time."""
 FINE = 48
 """Calls of the fine solution. Networks are rough in time, so that many more only follow that."""
 
@@ -47,8 +50,12 @@ class Distance(Objective):
         return squares(samples, pairs) / self.std**2
 
     def __call__(self, samples: Tensor, pairs: Pairs) -> float:
+        total = 0.0
         with torch.no_grad():
-            return math.sqrt(float(self.squares(samples, pairs).double().mean()))
+            for at in range(0, len(pairs), CHUNK):
+                part = slice(at, at + CHUNK)
+                total += float(self.squares(samples[part], pairs.rows(part)).double().sum())
+        return math.sqrt(total / len(pairs))
 
 
 class FeatureDistance(Distance):
@@ -65,19 +72,25 @@ class FeatureDistance(Distance):
         self.model = model
         self.t = float(model.path.time(min(CLEAR, float(model.path.lam(model.path.t_low)))))
         self.alpha = float(model.path.coefs(self.t).alpha)
+        marks = self.marked(reference).marks
+        self.spread = [float(mark.double().var(0).mean()) + 1e-12 for mark in marks]
+
+    def marked(self, pairs: Pairs) -> Pairs:
+        """Pairs that carry the features of their ends, so that these are asked for once."""
         with torch.no_grad():
-            self.spread = [float(f.double().var(0).mean()) + 1e-12 for f in self.seen(reference.ends, reference)]
+            parts = [pairs.rows(slice(at, at + CHUNK)) for at in range(0, len(pairs), CHUNK)]
+            seen = zip(*(self.seen(part.ends, part) for part in parts), strict=True)
+            return replace(pairs, marks=tuple(torch.cat(feature) for feature in seen))
 
     def seen(self, samples: Tensor, pairs: Pairs) -> list[Tensor]:
         found = self.model((self.alpha * samples).to(samples.dtype), self.t, pairs.cond, "features")
         return [feature.flatten(1) for feature in found]
 
     def squares(self, samples: Tensor, pairs: Pairs) -> Tensor:
-        with torch.no_grad():
-            there = self.seen(pairs.ends, pairs)
+        marks = pairs.marks or self.marked(pairs).marks
         parts = [
-            (here - other).square().mean(1) / spread
-            for here, other, spread in zip(self.seen(samples, pairs), there, self.spread, strict=True)
+            (here - there).square().mean(1) / spread
+            for here, there, spread in zip(self.seen(samples, pairs), marks, self.spread, strict=True)
         ]
         return torch.stack(parts).mean(0)
 
