@@ -3,7 +3,8 @@
     python benchmarks/skipping.py --plan plan.json   # of `fewstep search digits --nfe 4 --out plan.json`
     python benchmarks/skipping.py --keep 0.8 --nfe 8 # the recommended plan of 8 calls
 
-The search for blocks sees the distance to the fine solution, and no network that measures. Fréchet distances are means
+The search for blocks sees the distance to the fine solution in the teacher's own features, as `fewstep search` does, and
+no network that measures. Fréchet distances are means
 over the protocol's draws of noise, which no search has seen; both plans meet the same ones, so that the standard error
 of their difference is that of the pairs.
 """
@@ -27,11 +28,7 @@ from fewstep.evaluate.stage import Quiet, measuring
 from fewstep.interop import load_teacher
 from fewstep.metrics.features import features_for
 from fewstep.rng import mix
-from fewstep.search import Evolution
-from fewstep.search.contest import Contest
-from fewstep.search.gradient import Fitting, Pairs
-from fewstep.search.objective import Distance, solved
-from fewstep.search.skipping import prune
+from fewstep.search import Contest, Evolution, FeatureDistance, Fitting, Pairs, prune, solved
 from fewstep.solvers import SolverPlan, recommended, sample, start_noise
 from fewstep.tasks import task_named
 
@@ -43,8 +40,10 @@ def contest_of(teacher: Any, shape: tuple[int, ...], budget: int, fitting: int, 
         return solved(teacher, x, torch.arange(count) % 10)
 
     train, valid, held = pairs("train", 256), pairs("valid", 128), pairs("held", 256)
+    objective = FeatureDistance(teacher, train)
+    train, valid, held = (objective.marked(one) for one in (train, valid, held))
     return Contest(
-        teacher, train, valid, held, Distance(float(train.ends.std())),
+        teacher, train, valid, held, objective,
         evolution=Evolution(budget=budget, first=64, seed=seed), fitting=Fitting(steps=fitting, seed=seed),
     )  # fmt: skip
 

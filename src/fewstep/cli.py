@@ -525,8 +525,8 @@ def search(
     nfe: Annotated[int, typer.Option(help="Calls of the network that the plan makes.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="File for the plan.")] = Path("plan.json"),
     objective: Annotated[
-        str, typer.Option(help="distance, frechet, or FILE.py:FUNCTION of your own; lower is better.")
-    ] = "distance",
+        str, typer.Option(help="auto, features, distance, frechet, or FILE.py:FUNCTION of your own (lower is better).")
+    ] = "auto",
     how: Annotated[
         str, typer.Option(help="auto (evolution, then gradient), evolution, gradient, cma or tpe.")
     ] = "auto",

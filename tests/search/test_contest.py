@@ -1,6 +1,7 @@
 """The searchers on laws known exactly: a plan is better on starts that nothing was chosen on, and never worse."""
 
 import math
+import random
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from fewstep.search import Evolution, Journal, evolve
 from fewstep.search.contest import Contest, contest
 from fewstep.search.continuous import Moves, tune
 from fewstep.search.gradient import Fitting, Free, Pairs, differentiable, error, fit
-from fewstep.search.objective import Distance, FrechetTo, Judge, Objective, Scorer, ends
-from fewstep.search.plans import PlanSpace, apart, fixed_samplers, lams
+from fewstep.search.objective import Distance, FeatureDistance, FrechetTo, Judge, Objective, Scorer, ends
+from fewstep.search.plans import PlanSpace, apart, fixed_samplers, lams, plainly
 from fewstep.solvers import SolverPlan, StepPlan, recommended, sample, solver_named
 from fewstep.teachers import Mixture
 
@@ -42,8 +43,6 @@ TRAIN, FRESH = exact_pairs(VP, 256, 0), exact_pairs(VP, 256, 1)
 
 @pytest.mark.parametrize("path", [Straight(), VariancePreserving(), Exploding()], ids=lambda p: p.kind)
 def test_children_are_sound_plans_of_the_same_number_of_calls_inside_the_path(path):
-    import random
-
     space, rng = PlanSpace(path, 5), random.Random(0)
     made = list(space.seeds())
     for _ in range(300):
@@ -60,6 +59,22 @@ def test_children_are_sound_plans_of_the_same_number_of_calls_inside_the_path(pa
     seen = [step for plan in children[90:] for step in plan.steps]
     for field in ("order", "prediction", "variable", "corrector", "start", "relax"):
         assert len({getattr(step, field) for step in seen}) > 1, f"{field} is never changed"
+
+
+def test_what_changes_nothing_has_one_name_and_gives_the_same_samples():
+    """A polynomial through one guess has no variable, the last step no guess that corrects it."""
+    one = StepPlan(order=3, prediction="eps", variable="rho", relax=2.0, corrector="exact")
+    short = plainly(SolverPlan(levels=(0.0,), steps=(one,)))
+    assert short.steps == (StepPlan(prediction="eps"),)
+    rng = random.Random(0)
+    for path in (VariancePreserving(), Straight()):
+        law, x = mixture(path), draw(mixture(path), 2, path.t_max)
+        space = PlanSpace(path, 4)
+        for plan in rng.sample(list(fixed_samplers(path, 4).values()), 20):
+            odd = space.mutate(plan, rng)
+            steps = tuple(step.model_copy(update={"order": rng.randrange(1, 5)}) for step in odd.steps)
+            loud = odd.model_copy(update={"steps": steps})
+            assert torch.allclose(sample(law, x, plainly(loud)), sample(law, x, loud), atol=1e-9)
 
 
 def test_levels_that_stand_together_are_no_candidate():
@@ -264,6 +279,33 @@ def test_a_scorer_of_ones_own_sees_finished_samples_and_their_condition():
     assert scorer(pairs.ends, pairs) == pytest.approx(127.5)
     with pytest.raises(ValueError, match=r"mine gave shape \[3\]"):
         Scorer(lambda x, cond: torch.zeros(3), "mine", lambda x: x)(pairs.ends, pairs)
+
+
+def test_the_distance_of_features_is_none_at_the_ends_and_grows_away_from_them_with_a_gradient():
+    from fewstep.interop import load_teacher
+
+    teacher = load_teacher("digits").denoiser.requires_grad_(False)
+    teacher.taps = ("mid_block.resnets.0", "mid_block.resnets.1")
+    rng = seeded(0)
+    pairs = Pairs(
+        torch.randn(70, 1, 8, 8, generator=rng), torch.arange(70) % 10, torch.rand(70, 1, 8, 8, generator=rng)
+    )
+    score = FeatureDistance(teacher, pairs)
+    assert score(pairs.ends, pairs) == 0
+    noise = torch.randn(70, 1, 8, 8, generator=rng)
+    near, far = (score(pairs.ends + 0.1 * k * noise, score.marked(pairs)) for k in (1, 4))
+    assert 0 < near < far
+    assert near == pytest.approx(score(pairs.ends + 0.1 * noise, pairs), rel=1e-6)  # marked or not
+    with torch.no_grad():
+        there = teacher(pairs.ends, score.t, pairs.cond, "features")  # this path keeps the signal whole
+        here = teacher(pairs.ends.roll(10, 0), score.t, pairs.cond, "features")
+    parts = [float((a - b).square().mean() / b.flatten(1).var(0).mean()) for a, b in zip(here, there, strict=True)]
+    assert score(pairs.ends.roll(10, 0), pairs) == pytest.approx(math.sqrt(sum(parts) / 2), rel=1e-4)
+    x = (pairs.ends + noise).requires_grad_()
+    assert torch.autograd.grad(score.squares(x, pairs).sum(), x)[0].abs().amax((1, 2, 3)).min() > 0
+    teacher.taps = ()
+    with pytest.raises(ValueError, match="no taps"):
+        FeatureDistance(teacher, pairs)
 
 
 # -- the whole contest ----------------------------------------------------------------------------

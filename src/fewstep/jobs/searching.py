@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import shutil
 import time
@@ -16,33 +17,52 @@ from torch import Tensor
 
 from ..cond import Cond, move
 from ..cond import rows as rows_of
-from ..denoiser import Denoiser, Guided
+from ..denoiser import Denoiser, Guided, choose_taps
 from ..errors import Refused
 from ..metrics.features import Coordinates, RandomConv
 from ..rng import mix
-from ..search import Evolution, Journal
-from ..search.contest import HOWS, Contest, How, Verdict, contest
-from ..search.gradient import Fitting, Pairs
-from ..search.objective import FINE, Distance, FrechetTo, Objective, Scorer, solved
-from ..search.skipping import Pruned, prune
+from ..search import (
+    Contest,
+    Distance,
+    Evolution,
+    FeatureDistance,
+    Fitting,
+    FrechetTo,
+    Journal,
+    Objective,
+    Pairs,
+    Pruned,
+    Scorer,
+    Verdict,
+    contest,
+    prune,
+    solved,
+)
+from ..search.contest import HOWS, How
+from ..search.objective import FINE
 from ..solvers import start_noise
 from ..train.build import own_module
 from ..train.trainer import Nobody, Watch
 
-OBJECTIVES = ("distance", "frechet")
+OBJECTIVES = ("auto", "features", "distance", "frechet")
+TAPS = 3
+"""Layers of the teacher that look at samples."""
+GRAPH = 2**16
+"""Numbers of a state that go through the differentiable sampler at once."""
 CHUNK = 64
 """Starts that are solved finely at a time, and kept."""
 
 
 def search(
-    model: str, nfe: int, *, out: File = File("plan.json"), objective: str = "distance", how: str = "auto",
+    model: str, nfe: int, *, out: File = File("plan.json"), objective: str = "auto", how: str = "auto",
     budget: int = 300, starts: int = 256, guidance: float = 1.0, prompts: File | None = None, seed: int = 0,
     keep: float = 1.0, resume: bool = False, device: str = "cpu", watch: Watch | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Write the best plan of ``nfe`` calls for a teacher; the result says what it gains over each fixed sampler.
 
-    ``objective``: distance (to the fine solution from the same start), frechet (features of samples against those of
-    the fine solution), or FILE.py:FUNCTION or MODULE:FUNCTION of one's own. ``budget`` candidates see up to
+    ``objective``: distance (to the fine solution from the same start), features (the same as the teacher's own layers
+    see it), auto (features where it has layers to look at), frechet (features of samples against those of the fine
+    solution), or FILE.py:FUNCTION or MODULE:FUNCTION of one's own. ``budget`` candidates see up to
     ``starts`` starts. ``keep`` below 1: its calls leave out blocks until that share of the network's FLOPs is left.
     The state is kept in the folder ``OUT.search`` until the plan is written.
     """
@@ -73,10 +93,14 @@ def search(
         sets[name] = _pairs(denoiser, teacher.shape, conditions, name, count, seed, device, state, watch, done)
         done += count
     watch.finish("fine solution")
-    wanted = _objective(objective, scored, teacher, sets)
+    wanted = _objective(objective, scored, teacher, denoiser, sets)
+    if isinstance(wanted, FeatureDistance):
+        sets = {name: wanted.marked(pairs) for name, pairs in sets.items()}
     options = Contest(
         denoiser, sets["train"], sets["valid"], sets["held"], wanted, _how(how),
-        Evolution(budget=budget, first=min(64, starts), seed=seed), Fitting(batch=min(128, starts), seed=seed), CHUNK,
+        Evolution(budget=budget, first=min(64, starts), seed=seed),
+        Fitting(200, min(64, starts), max(1, min(64, GRAPH // math.prod(teacher.shape))), seed=seed),
+        CHUNK,
     )  # fmt: skip
     verdict = contest(nfe, options, journal=journal, tell=_teller(watch))
     pruned = None
@@ -85,7 +109,7 @@ def search(
         pruned = prune(verdict.plan, few, keep=keep, journal=journal, tell=_teller(watch))
     (verdict.plan if pruned is None else pruned.plan).save(out)
     shutil.rmtree(state, ignore_errors=True)
-    result = _result(verdict, model, out, nfe, objective, starts, time.perf_counter() - began)
+    result = _result(verdict, model, out, nfe, wanted.name, starts, time.perf_counter() - began)
     return result if pruned is None else _with_blocks_left_out(result, pruned)
 
 
@@ -193,7 +217,9 @@ def _pairs(
     return Pairs(x, cond, ends)
 
 
-def _objective(text: str, own: Callable[..., Any] | None, teacher: Any, sets: dict[str, Pairs]) -> Objective:
+def _objective(
+    text: str, own: Callable[..., Any] | None, teacher: Any, denoiser: Denoiser, sets: dict[str, Pairs]
+) -> Objective:
     ends = sets["train"].ends
     low, high = teacher.value_range or (-1.0, 1.0)
 
@@ -204,10 +230,27 @@ def _objective(text: str, own: Callable[..., Any] | None, teacher: Any, sets: di
 
     if own is not None:
         return Scorer(own, text, finish)
-    if text == "distance":
+    if text in ("auto", "features"):
+        try:
+            return FeatureDistance(_tapped(teacher.denoiser, denoiser, sets["train"]), sets["train"])
+        except ValueError as error:
+            if text == "features":
+                raise Refused(f"this teacher shows no features ({error}): take --objective distance") from None
+    if text in ("auto", "distance"):
         return Distance(float(ends.double().std()))
     features = RandomConv(tuple(teacher.shape), seed=1) if len(teacher.shape) == 3 else Coordinates()
     return FrechetTo(lambda x: features(x.float().cpu()), torch.cat([pairs.ends for pairs in sets.values()]))
+
+
+def _tapped(inner: Any, denoiser: Denoiser, pairs: Pairs) -> Denoiser:
+    """The denoiser with layers chosen to look at, where none are; ValueError where there are none to choose."""
+    net = getattr(inner, "net", None)
+    if net is None:
+        raise ValueError("it is no network of layers")
+    if not inner.taps:
+        few = pairs.rows(slice(0, 2))
+        inner.taps = choose_taps(net, lambda: denoiser(few.x, denoiser.path.t_max, few.cond), TAPS)
+    return denoiser
 
 
 def _teller(watch: Watch) -> Callable[[str, int, int, float], None]:
@@ -238,19 +281,19 @@ def _with_blocks_left_out(result: dict[str, Any], pruned: Pruned) -> dict[str, A
 
 
 def _result(
-    verdict: Verdict, model: str, out: File, nfe: int, objective: str, starts: int, seconds: float
+    verdict: Verdict, model: str, out: File, nfe: int, wanted: str, starts: int, seconds: float
 ) -> dict[str, Any]:
     rows = [
         {"sampler": name.split()[0], "grid": (name.split() + [None])[1], "score": score, "gain": score / verdict.score}
         for name, score in verdict.fixed.items()
     ]
-    how = {"fixed": "no candidate beat the best fixed sampler: the plan is that one"}
-    line = how.get(verdict.how) or (
+    said = {"fixed": f"{out}: no candidate beat the best fixed sampler, {verdict.best_fixed}: the plan is that one"}
+    line = said.get(verdict.how) or (
         f"{out}: {verdict.score:.4g} on {starts} unseen starts, {verdict.gain:.2f} times below the best fixed sampler "
         f"({verdict.best_fixed}), found by {verdict.how}"
     )
     return {
-        "plan": str(out), "model": model, "nfe": nfe, "objective": objective, "found_by": verdict.how,
+        "plan": str(out), "model": model, "nfe": nfe, "objective": wanted, "found_by": verdict.how,
         "score": verdict.score, "best_fixed": verdict.best_fixed, "gain": verdict.gain, "unseen_starts": starts,
         "seconds": round(seconds, 1), "fixed": rows, "line": line,
     }  # fmt: skip

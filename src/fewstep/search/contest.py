@@ -12,9 +12,9 @@ from ..rng import mix
 from ..solvers import SolverPlan
 from .continuous import tune
 from .evolve import Evolution, Scored, evolve
-from .gradient import Fitting, Pairs, differentiable, fit
+from .gradient import Fitting, Pairs, differentiable, fit, squares
 from .journal import Journal
-from .objective import Judge, Objective
+from .objective import Distance, Judge, Objective
 from .plans import PlanSpace, fixed_samplers
 
 How = Literal["auto", "evolution", "gradient", "cma", "tpe"]
@@ -127,10 +127,11 @@ def _candidates(
         )  # fmt: skip
         made += [(options.how, one.genome) for one in moved[:5]]
     if options.how == "gradient" or options.how == "auto" and differentiable(model, path, options.train)[0]:
-        fitting = options.fitting
+        fitting, objective = options.fitting, options.objective
+        loss = objective.squares if isinstance(objective, Distance) else squares
         start = min((plan for _, plan in made), key=valid)
         fitted, _ = fit(
-            model, start, options.train, options.valid, fitting, journal=journal,
+            model, start, options.train, options.valid, fitting, loss=loss, journal=journal,
             tell=lambda done, least: say("gradient", done, fitting.steps, math.sqrt(least)),
         )  # fmt: skip
         made.append(("gradient", fitted))

@@ -2,7 +2,7 @@
 
 A deterministic plan in the data form is ``x_next = (sigma_next / sigma) x + whole sum_k share_k x0_k``: a start and
 all guesses so far, ``whole`` being the weight of a guess that never changes. Levels and shares are the parameters;
-the loss is the squared distance to the end of the exact flow from the same start.
+the loss is the squared distance to the end of the exact flow from the same start, or another one of that kind.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..cond import Cond, rows
 from ..nets.skipping import leaving_out
 from ..path import Path
 from ..rng import mix
-from ..solvers import SolverPlan, StepPlan
+from ..solvers import SolverPlan, StepPlan, sample
 from .journal import Journal
 
 NUDGE = 0.01
@@ -30,33 +30,51 @@ GAP = 1e-3
 
 @dataclass(frozen=True)
 class Pairs:
-    """Starts at the path's noisiest level [n, *shape], their condition, and where the exact flow takes them."""
+    """Starts at the path's noisiest level [n, *shape], their condition, and where the exact flow takes them.
+
+    ``marks``: what an objective has worked out about the ends, once, rows first.
+    """
 
     x: Tensor
     cond: Cond
     ends: Tensor
+    marks: tuple[Tensor, ...] = ()
 
     def __len__(self) -> int:
         return len(self.x)
 
     def rows(self, index: Tensor | slice) -> Pairs:
-        return Pairs(self.x[index], rows(self.cond, index), self.ends[index])
+        return Pairs(self.x[index], rows(self.cond, index), self.ends[index], tuple(m[index] for m in self.marks))
 
 
 @dataclass(frozen=True)
 class Fitting:
     """How weights are fitted: ``steps`` of Adam on ``batch`` starts, the rate falling like a cosine from ``rate``.
 
+    ``at_once`` of them go through the sampler together, for memory's sake; it changes rounding alone.
+
     Every ``every`` steps the fit is scored on the validation starts; the best one is returned, and the fit ends
-    where ``patience`` scores in turn were no better.
+    where ``patience`` scores in turn were no better. ``consistent``: the weights of each step keep their sum, so
+    that a guess that never changes is still followed exactly.
     """
 
     steps: int = 400
     batch: int = 128
-    rate: float = 0.02
+    at_once: int = 128
+    rate: float = 0.01
     every: int = 20
     patience: int = 10
+    consistent: bool = False
     seed: int = 0
+
+
+Squares = Callable[[Tensor, Pairs], Tensor]
+"""(samples, pairs) -> [n], the loss of each sample; differentiable in the samples."""
+
+
+def squares(samples: Tensor, pairs: Pairs) -> Tensor:
+    """The mean squared distance to the end of the exact flow, sample by sample."""
+    return (samples - pairs.ends).square().flatten(1).mean(1)
 
 
 class Free:
@@ -87,6 +105,11 @@ class Free:
         if self.anchored:
             return self.top + self.levels.exp().cumsum(0)
         return self.levels[0] + torch.cat([self.levels[:1] * 0, self.levels[1:].exp().cumsum(0)])
+
+    def level_sums(self, change: Tensor) -> Tensor:
+        """A change of the shares that leaves the sum of every step."""
+        steps = change.split(list(range(1, self.count + 1)))
+        return torch.cat([step - step.mean() for step in steps])
 
     @torch.no_grad()
     def hold(self) -> None:
@@ -190,13 +213,14 @@ def fit(
     valid: Pairs,
     options: Fitting | None = None,
     *,
+    loss: Squares = squares,
     journal: Journal | None = None,
     tell: Callable[[int, float], None] | None = None,
 ) -> tuple[SolverPlan, float]:
-    """A plan fitted from a first one, and its mean squared error on the validation starts.
+    """A plan fitted from a first one, and its mean loss on the validation starts.
 
     Never worse there than the plan it begins with. ``tell(step, best)`` hears of every step. The parameters are
-    float64, samples keep their own type. Raises ValueError where no gradient reaches the start of the network.
+    float64, samples keep their own type. Raises ValueError where no gradient flows through the network.
     """
     options, journal = options or Fitting(), journal or Journal()
     path = model.path
@@ -204,7 +228,7 @@ def fit(
     if not able:
         raise ValueError("no gradient flows through this network: its plans can be searched, not fitted")
     free = Free(path, plan)
-    best, least, stale = free.plan(), error(model, plan, valid), 0
+    best, least, stale = free.plan(), error(model, plan, valid, loss, options.at_once), 0
     moments = [torch.zeros_like(p) for p in (*free.parameters, *free.parameters)]
     frozen = [p for p in getattr(model, "parameters", list)() if p.requires_grad]
     for p in frozen:
@@ -213,7 +237,7 @@ def fit(
         for step in range(options.steps):
             state = journal.answer(
                 f"{mix(plan.model_dump_json())} fit {step}",
-                lambda step=step: _step(model, free, moments, train, timed, options, step),  # type: ignore[misc]
+                lambda step=step: _step(model, free, moments, train, timed, loss, options, step),  # type: ignore[misc]
             )
             _restore(free, moments, state)
             last = step + 1 == options.steps
@@ -221,7 +245,7 @@ def fit(
                 now = free.plan()
                 found = journal.answer(
                     f"{mix(now.model_dump_json())} valid",
-                    lambda now=now: _finite(error(model, now, valid)),  # type: ignore[misc]
+                    lambda now=now: _finite(error(model, now, valid, loss, options.at_once)),  # type: ignore[misc]
                 )
                 stale += 1
                 if found is not None and found < least:
@@ -241,44 +265,46 @@ def _finite(value: float) -> float | None:
 
 
 @torch.no_grad()
-def error(model: Any, plan: SolverPlan, pairs: Pairs, batch: int = 512) -> float:
-    """Mean over starts and coordinates of the squared distance to the ends."""
-    from ..solvers import sample
-
+def error(model: Any, plan: SolverPlan, pairs: Pairs, loss: Squares = squares, batch: int = 512) -> float:
+    """The mean loss of a plan's samples: by default their mean squared distance to the ends."""
     total = 0.0
     for at in range(0, len(pairs), batch):
         part = pairs.rows(slice(at, at + batch))
-        total += float(
-            (sample(model, part.x, plan, cond=part.cond) - part.ends).double().square().flatten(1).mean(1).sum()
-        )
+        total += float(loss(sample(model, part.x, plan, cond=part.cond), part).double().sum())
     return total / len(pairs)
 
 
 def _step(
-    model: Any, free: Free, moments: list[Tensor], train: Pairs, timed: bool, options: Fitting, step: int
+    model: Any, free: Free, moments: list[Tensor], train: Pairs, timed: bool, loss: Squares, options: Fitting, step: int
 ) -> list[list[float]]:
     """One step of Adam (Kingma & Ba 2015), on rows that are a function of the seed and the step."""
     rng = torch.Generator().manual_seed(mix(options.seed, "fit", step))
     batch = min(options.batch, len(train))
     pick = torch.randperm(len(train), generator=rng)[:batch]
-    part = train.rows(pick.to(train.x.device))
+    pick = pick.to(train.x.device)
     parameters = [p.detach().clone().requires_grad_() for p in free.parameters]
     held, (free.levels, free.shares) = free.parameters, parameters
-    with torch.enable_grad():
-        away = free.run(model, part.x, part.cond, timed) - part.ends
-        loss = away.square().mean()
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    gradients: list[Tensor | None] = [None for _ in parameters]
+    for some in pick.split(options.at_once):
+        part = train.rows(some)
+        with torch.enable_grad():
+            mean = loss(free.run(model, part.x, part.cond, timed), part).sum() / batch
+            found = torch.autograd.grad(mean, parameters, allow_unused=True)
+        gradients = [a if b is None else b if a is None else a + b for a, b in zip(gradients, found, strict=True)]
     free.levels, free.shares = held
     rate_now = options.rate * (1 + math.cos(math.pi * step / options.steps)) / 2
     count = len(parameters)
     for k, (value, gradient) in enumerate(zip(free.parameters, gradients, strict=True)):
         if gradient is None or not gradient.isfinite().all():
             continue
+        if value is free.shares and options.consistent:
+            gradient = free.level_sums(gradient)
         first, second = moments[k], moments[count + k]
         first.mul_(0.9).add_(gradient, alpha=0.1)
         second.mul_(0.99).addcmul_(gradient, gradient, value=0.01)
         unbiased = first / (1 - 0.9 ** (step + 1))
-        value -= rate_now * unbiased / ((second / (1 - 0.99 ** (step + 1))).sqrt() + 1e-12)
+        change = rate_now * unbiased / ((second / (1 - 0.99 ** (step + 1))).sqrt() + 1e-12)
+        value -= free.level_sums(change) if value is free.shares and options.consistent else change
     free.hold()
     return [v.tolist() for v in (*free.parameters, *moments)]
 

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,8 +15,12 @@ from torch import Tensor
 from ..denoiser import Denoiser
 from ..metrics.frechet import Moments, frechet_distance
 from ..solvers import SolverPlan, recommended, sample
-from .gradient import Pairs
+from .gradient import Pairs, squares
 
+CLEAR = 2.0
+"""lam at which the teacher's features look at a sample: sigma / alpha is 0.14."""
+CHUNK = 64
+"""Samples whose distance is taken at a time."""
 FINE = 48
 """Calls of the fine solution. Networks are rough in time, so that many more only follow that."""
 
@@ -23,12 +28,10 @@ FINE = 48
 class Objective(ABC):
     """``objective(samples, pairs) -> number``, lower is better.
 
-    Samples [n, *shape] are ends of a plan from the starts of ``pairs``. ``smooth``: it is the squared distance to the
-    ends in a disguise, so that a fit by gradient serves it.
+    Samples [n, *shape] are ends of a plan from the starts of ``pairs``.
     """
 
     name: str
-    smooth: bool = False
 
     @abstractmethod
     def __call__(self, samples: Tensor, pairs: Pairs) -> float: ...
@@ -37,13 +40,59 @@ class Objective(ABC):
 class Distance(Objective):
     """Root mean square distance to the end of the exact flow from the same start, over the spread of the ends."""
 
-    name, smooth = "distance", True
+    name = "distance"
 
     def __init__(self, std: float) -> None:
         self.std = std
 
+    def squares(self, samples: Tensor, pairs: Pairs) -> Tensor:
+        """The square of the distance, sample by sample: what a fit by gradient makes small."""
+        return squares(samples, pairs) / self.std**2
+
     def __call__(self, samples: Tensor, pairs: Pairs) -> float:
-        return math.sqrt(float((samples - pairs.ends).double().square().mean())) / self.std
+        total = 0.0
+        with torch.no_grad():
+            for at in range(0, len(pairs), CHUNK):
+                part = slice(at, at + CHUNK)
+                total += float(self.squares(samples[part], pairs.rows(part)).double().sum())
+        return math.sqrt(total / len(pairs))
+
+
+class FeatureDistance(Distance):
+    """The same distance as the teacher's own layers see it, when they look at a nearly clean sample.
+
+    Few calls blur: a distance of pixels likes that, features do not. The mean over the denoiser's features of the
+    squared distance, each over its variance among the ``reference`` ends. Raises ValueError for a denoiser without
+    features.
+    """
+
+    name = "features"
+
+    def __init__(self, model: Denoiser, reference: Pairs) -> None:
+        self.model = model
+        self.t = float(model.path.time(min(CLEAR, float(model.path.lam(model.path.t_low)))))
+        self.alpha = float(model.path.coefs(self.t).alpha)
+        marks = self.marked(reference).marks
+        self.spread = [float(mark.double().var(0).mean()) + 1e-12 for mark in marks]
+
+    def marked(self, pairs: Pairs) -> Pairs:
+        """Pairs that carry the features of their ends, so that these are asked for once."""
+        with torch.no_grad():
+            parts = [pairs.rows(slice(at, at + CHUNK)) for at in range(0, len(pairs), CHUNK)]
+            seen = zip(*(self.seen(part.ends, part) for part in parts), strict=True)
+            return replace(pairs, marks=tuple(torch.cat(feature) for feature in seen))
+
+    def seen(self, samples: Tensor, pairs: Pairs) -> list[Tensor]:
+        found = self.model((self.alpha * samples).to(samples.dtype), self.t, pairs.cond, "features")
+        return [feature.flatten(1) for feature in found]
+
+    def squares(self, samples: Tensor, pairs: Pairs) -> Tensor:
+        marks = pairs.marks or self.marked(pairs).marks
+        parts = [
+            (here - there).square().mean(1) / spread
+            for here, there, spread in zip(self.seen(samples, pairs), marks, self.spread, strict=True)
+        ]
+        return torch.stack(parts).mean(0)
 
 
 class FrechetTo(Objective):

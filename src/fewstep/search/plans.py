@@ -91,6 +91,24 @@ def apart(path: Path, plan: SolverPlan) -> bool:
     return all(b - a >= GAP for a, b in zip(known[:-1], known[1:], strict=True))
 
 
+def plainly(plan: SolverPlan) -> SolverPlan:
+    """The same sampler with every decision that changes nothing at its default: two names for it would cost twice."""
+    steps = []
+    for i, step in enumerate(plan.steps):
+        change: dict[str, object] = {}
+        corrector = "none" if i + 1 == plan.nfe and step.corrector == "exact" else step.corrector  # no guess at its end
+        change["corrector"] = corrector
+        nodes = min(step.order, i + 1)
+        if step.weights is not None:
+            change["order"] = 1
+        else:
+            change["order"] = nodes
+        if corrector == "none" and (step.weights is not None or nodes == 1):
+            change |= {"variable": "lam", "relax": 1.0}
+        steps.append(step.model_copy(update=change))
+    return plan.model_copy(update={"steps": tuple(steps)})
+
+
 class PlanSpace(Space[SolverPlan]):
     """Plans of one number of calls on a path; ``only_levels`` leaves the rule of every step as it is.
 
@@ -103,7 +121,8 @@ class PlanSpace(Space[SolverPlan]):
         if nfe < 1:
             raise ValueError(f"a plan needs at least 1 call, got {nfe}")
         self.path, self.nfe, self.only_levels = path, nfe, only_levels
-        self.start = list(fixed_samplers(path, nfe).values()) if start is None else list(start)
+        begin = list(fixed_samplers(path, nfe).values()) if start is None else start
+        self.start = [plainly(plan) for plan in begin]
         self.high = max(float(path.lam(path.t_max)), -7.0)
         self.low = float(path.lam(path.t_low))
 
@@ -184,4 +203,4 @@ class PlanSpace(Space[SolverPlan]):
             if step.corrector in ("bh1", "bh2") and (step.prediction == "flow" or step.churn):
                 change |= {"corrector": "exact"}
             fitting.append(StepPlan.model_validate({**step.model_dump(), **change}))
-        return SolverPlan(levels=(like.levels[0], *inner), end=like.end, steps=tuple(fitting))
+        return plainly(SolverPlan(levels=(like.levels[0], *inner), end=like.end, steps=tuple(fitting)))

@@ -22,7 +22,7 @@ from .contest import Contest, Tell
 from .evolve import Space, evolve
 from .gradient import differentiable, fit
 from .journal import Journal
-from .objective import Judge
+from .objective import Distance, Judge
 
 Slot = tuple[int, str]
 """A step of the plan, and a block that its call leaves out."""
@@ -179,9 +179,10 @@ def prune(
     )  # fmt: skip
     mask = min((one.genome for one in found[:5]), key=lambda mask: valid(masked(plan, mask)))
     best = masked(plan, mask)
-    if contest.objective.smooth and differentiable(model, model.path, contest.train)[0]:
+    objective = contest.objective
+    if isinstance(objective, Distance) and differentiable(model, model.path, contest.train)[0]:
         fitted, _ = fit(
-            model, best, contest.train, contest.valid, contest.fitting, journal=journal,
+            model, best, contest.train, contest.valid, contest.fitting, loss=objective.squares, journal=journal,
             tell=lambda done, least: say("gradient", done, contest.fitting.steps, math.sqrt(least)),
         )  # fmt: skip
         best = min(best, fitted, key=valid)
