@@ -73,8 +73,7 @@ def cells(options: argparse.Namespace) -> list[dict[str, Any]]:
                     Contest(
                         teacher, train, valid, held, Distance(teacher.std), how=options.how,
                         evolution=Evolution(budget=options.budget, first=min(128, options.train)),
-                        fitting=Fitting(steps=options.steps, batch=options.batch, at_once=options.batch, rate=options.rate),
-                        batch=512,
+                        fitting=Fitting(options.steps, options.batch, options.batch, options.rate), batch=512,
                     ),
                 )  # fmt: skip
                 seconds = time.perf_counter() - began
