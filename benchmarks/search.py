@@ -18,7 +18,6 @@ import math
 import statistics
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,8 @@ WANTED = {("ring", 5): 2.0, ("ring", 10): 2.0, ("digits", 5): 1.5, ("digits", 10
 def pairs(teacher: Any, count: int, seed: int, fine: int) -> Pairs:
     x, _ = teacher.starts(count, seed)
     with torch.no_grad():
-        return Pairs(x, None, torch.cat([exact(teacher, part, None, fine) for part in x.split(512)]))
+        ends = torch.cat([exact(teacher, part, None, fine) for part in x.split(512)])
+    return Pairs(x.float(), None, ends.float())
 
 
 def cells(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -73,7 +73,7 @@ def cells(options: argparse.Namespace) -> list[dict[str, Any]]:
                     Contest(
                         teacher, train, valid, held, Distance(teacher.std), how=options.how,
                         evolution=Evolution(budget=options.budget, first=min(128, options.train)),
-                        fitting=Fitting(options.steps, options.batch, options.rate), batch=512,
+                        fitting=Fitting(options.steps, options.batch, options.batch, options.rate), batch=512,
                     ),
                 )  # fmt: skip
                 seconds = time.perf_counter() - began
@@ -161,7 +161,8 @@ def toy(budget: int) -> dict[str, Any]:
     def starts(seed: int) -> Pairs:
         rng = torch.Generator().manual_seed(seed)
         x = torch.randn(512, 2, generator=rng, dtype=torch.float64)
-        return Pairs(x, None, exact(law, x, None, 200))
+        with torch.no_grad():
+            return Pairs(x, None, exact(law, x, None, 200))
 
     train, fresh = starts(0), starts(1)
     made: dict[str, Any] = {}
@@ -207,7 +208,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--toy", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(argv)
-    warnings.filterwarnings("ignore", message="Converting a tensor with requires_grad")
     torch.set_num_threads(1)
     if options.quick:
         options.problems, options.paths, options.nfe = ["ring"], ["edm"], [5]

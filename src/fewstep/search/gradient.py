@@ -54,8 +54,7 @@ class Fitting:
     ``at_once`` of them go through the sampler together, for memory's sake; it changes rounding alone.
 
     Every ``every`` steps the fit is scored on the validation starts; the best one is returned, and the fit ends
-    where ``patience`` scores in turn were no better. ``consistent``: the weights of each step keep their sum, so
-    that a guess that never changes is still followed exactly.
+    where ``patience`` scores in turn were no better.
     """
 
     steps: int = 400
@@ -64,7 +63,6 @@ class Fitting:
     rate: float = 0.01
     every: int = 20
     patience: int = 10
-    consistent: bool = False
     seed: int = 0
 
 
@@ -105,11 +103,6 @@ class Free:
         if self.anchored:
             return self.top + self.levels.exp().cumsum(0)
         return self.levels[0] + torch.cat([self.levels[:1] * 0, self.levels[1:].exp().cumsum(0)])
-
-    def level_sums(self, change: Tensor) -> Tensor:
-        """A change of the shares that leaves the sum of every step."""
-        steps = change.split(list(range(1, self.count + 1)))
-        return torch.cat([step - step.mean() for step in steps])
 
     @torch.no_grad()
     def hold(self) -> None:
@@ -297,14 +290,11 @@ def _step(
     for k, (value, gradient) in enumerate(zip(free.parameters, gradients, strict=True)):
         if gradient is None or not gradient.isfinite().all():
             continue
-        if value is free.shares and options.consistent:
-            gradient = free.level_sums(gradient)
         first, second = moments[k], moments[count + k]
         first.mul_(0.9).add_(gradient, alpha=0.1)
         second.mul_(0.99).addcmul_(gradient, gradient, value=0.01)
         unbiased = first / (1 - 0.9 ** (step + 1))
-        change = rate_now * unbiased / ((second / (1 - 0.99 ** (step + 1))).sqrt() + 1e-12)
-        value -= free.level_sums(change) if value is free.shares and options.consistent else change
+        value -= rate_now * unbiased / ((second / (1 - 0.99 ** (step + 1))).sqrt() + 1e-12)
     free.hold()
     return [v.tolist() for v in (*free.parameters, *moments)]
 
