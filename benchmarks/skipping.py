@@ -3,10 +3,9 @@
     python benchmarks/skipping.py --plan plan.json   # of `fewstep search digits --nfe 4 --out plan.json`
     python benchmarks/skipping.py --keep 0.8 --nfe 8 # the recommended plan of 8 calls
 
-The search for blocks sees the distance to the fine solution in the teacher's own features, as `fewstep search` does, and
-no network that measures. Fréchet distances are means
-over the protocol's draws of noise, which no search has seen; both plans meet the same ones, so that the standard error
-of their difference is that of the pairs.
+The search for blocks sees the distance to the fine solution in the teacher's own features, as `fewstep search` does,
+and no network that measures. Fréchet distances are means over the protocol's draws of noise, which no search has seen;
+both plans meet the same ones, so that the standard error of their difference is that of the pairs.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 
+from fewstep.denoiser import choose_taps
 from fewstep.evaluate import Protocol
 from fewstep.evaluate.measure import Evaluation
 from fewstep.evaluate.sampling import Candidate
@@ -40,6 +40,8 @@ def contest_of(teacher: Any, shape: tuple[int, ...], budget: int, fitting: int, 
         return solved(teacher, x, torch.arange(count) % 10)
 
     train, valid, held = pairs("train", 256), pairs("valid", 128), pairs("held", 256)
+    few = train.rows(slice(0, 2))
+    teacher.taps = choose_taps(teacher.net, lambda: teacher(few.x, teacher.path.t_max, few.cond), 3)
     objective = FeatureDistance(teacher, train)
     train, valid, held = (objective.marked(one) for one in (train, valid, held))
     return Contest(
