@@ -65,8 +65,7 @@ class Teacher(Denoiser):
     def forward(self, x: Tensor, t: Any, cond: Any = None, want: str = "x0", s: Any = None) -> Tensor:
         count, size = self.means.shape
         work = x.double() if x.dtype == torch.float64 else x.float()
-        coefs = self.path.coefs(float(t))
-        alpha, sigma = float(coefs.alpha), float(coefs.sigma)
+        alpha, sigma, _, _ = self.path.coefs(t)  # tensors without a dimension, so that a search has the rate in t
         offset = (work @ self.axes.to(work)).view(-1, count, size) - (alpha * self.turned).to(work)
         variance = alpha**2 * self.spread + sigma**2
         joint = (self.weights.log() - variance.log().sum(1) / 2).to(work) - (offset**2 / variance.to(work)).sum(2) / 2

@@ -520,10 +520,78 @@ def distill(
 
 
 @command
+def search(
+    model: Annotated[str, typer.Argument(metavar="TEACHER", help="A name, a diffusers folder, or a teacher folder.")],
+    nfe: Annotated[int, typer.Option(help="Calls of the network that the plan makes.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File for the plan.")] = Path("plan.json"),
+    objective: Annotated[
+        str, typer.Option(help="auto, features, distance, frechet, or FILE.py:FUNCTION of your own (lower is better).")
+    ] = "auto",
+    how: Annotated[
+        str, typer.Option(help="auto (evolution, then gradient), evolution, gradient, cma or tpe.")
+    ] = "auto",
+    budget: Annotated[int, typer.Option(help="Candidates that are scored.")] = 300,
+    starts: Annotated[int, typer.Option(help="Starts to search on, and as many unseen ones for the verdict.")] = 256,
+    guidance: Annotated[float, typer.Option(help="Scale at which the plan will be used.")] = 1.0,
+    keep: Annotated[float, typer.Option(help="Leave blocks out until this share of the FLOPs is left.")] = 1.0,
+    prompts: PromptFile = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the search that was stopped.")] = False,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same plan.")] = 0,
+    device: Device = "auto",
+    threads: Threads = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Find the best sampler of a few calls for a teacher, without training.
+
+    Candidates are schedules of levels, orders, predictions and weights. All see the same starts; the plan is
+    compared with every fixed sampler on starts that nothing was chosen on, and is never worse there. Weights are
+    fitted by gradient where the network lets one through. cma and tpe need the extra "search".
+
+    
+    Examples:
+      fewstep search digits --nfe 4
+      fewstep search ./my-pipeline --nfe 5 -o plan.json
+      fewstep search ./my-pipeline --nfe 8 --prompts prompts.txt --guidance 5
+      fewstep search digits --nfe 4 --objective ./mine.py:score
+      fewstep search digits --nfe 4 --keep 0.9
+      fewstep sample digits --plan plan.json
+    """
+    screen, place = Screen(quiet, verbose, json), pick_device(device)
+    from . import jobs
+    from .jobs.searching import table_of
+
+    set_threads(threads)
+    with screen, _stoppable(out):
+        result = jobs.search(
+            model, nfe, out=out, objective=objective, how=how, budget=budget, starts=starts, guidance=guidance,
+            keep=keep, prompts=prompts, seed=seed, resume=resume, device=place, watch=screen,
+        )  # fmt: skip
+    screen.result(result, f"{table(*table_of(result))}\n\n{result['line']}")
+
+
+@contextlib.contextmanager
+def _stoppable(out: Path) -> Iterator[None]:
+    """Ctrl-C and a polite kill end a search with what goes on with it."""
+    with contextlib.suppress(ValueError):  # only the main thread may
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not out.with_name(f"{out.name}.search").exists():
+            raise
+        raise Interrupted("the same command with --resume") from None
+
+
+@command
 def sample(
     model: Annotated[str, typer.Argument(help="A student folder, a run, or a teacher: its folder or its name.")],
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many samples.")] = 64,
     steps: Annotated[int | None, typer.Option(min=1, help="Calls per sample [default: the student's first].")] = None,
+    plan: Annotated[
+        Path | None, typer.Option("--plan", help="A plan of fewstep search: how the teacher is sampled.")
+    ] = None,
     labels: Annotated[str | None, typer.Option(help="Labels, repeated in turn, e.g. 3 or 0,1,2.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write to.")] = Path("samples"),
     seed: Annotated[int, typer.Option(help="The same seed gives the same samples.")] = 0,
@@ -540,13 +608,14 @@ def sample(
       fewstep sample runs/digits/student --count 100 --out samples
       fewstep sample runs/digits/student --labels 3,7 --seed 1
       fewstep sample digits --steps 8
+      fewstep sample digits --plan plan.json
     """
     screen, place = Screen(quiet, verbose, json), pick_device(device)
     wanted = _labels(labels)
     from . import jobs
 
     set_threads(threads)
-    files = jobs.sample(Path(model), count, steps=steps, seed=seed, labels=wanted, out=out, device=place)
+    files = jobs.sample(Path(model), count, steps=steps, seed=seed, labels=wanted, out=out, device=place, plan=plan)
     screen.result({"files": files}, f"{len(files)} file{'s' if len(files) != 1 else ''} in {out}")
 
 

@@ -84,7 +84,7 @@ class Method(nn.Module, ABC):
     players: ClassVar[tuple[str, ...]] = ("student",)
     needs_teacher: ClassVar[bool] = True
     needs_data: ClassVar[bool] = True
-    makes: ClassVar[Literal["student", "teacher"]] = "student"
+    makes: ClassVar[Literal["student", "teacher", "start"]] = "student"  # a start gives no samples to look at
     straight: ClassVar[bool] = False  # wants the straight path; others are seen through Reframed
     flow_map: ClassVar[bool] = False  # wants a network that reads the length of the jump
     guides: ClassVar[bool] = False  # guides the teacher itself; the others get a guided one

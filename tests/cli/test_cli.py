@@ -21,6 +21,7 @@ COMMANDS = [
     "plan",
     "train",
     "distill",
+    "search",
     "sample",
     "evaluate",
     "compare",

@@ -3,6 +3,7 @@
 from .bits import bits
 from .exporting import export
 from .planning import plan
+from .searching import search
 from .setting import Setting, game, prepare
 from .training import distill, train, unfinished
 from .using import check, compare, evaluate, evaluate_prompts, report, sample
@@ -23,6 +24,7 @@ __all__ = [
     "report",
     "sample",
     "scores_of",
+    "search",
     "train",
     "unfinished",
     "verify",

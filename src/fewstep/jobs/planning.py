@@ -197,7 +197,7 @@ def _rehearsed(
         )
     report = None
     makes = method_class(recipe.method.name).makes
-    if recipe.evaluate.enabled:
+    if recipe.evaluate.enabled and makes != "start":
         total = calls_of_evaluation(recipe, run, setting, student, meter)
         begin = clock.now()
         report = training._evaluated(_short(tiny, setting), run, setting, student, facts, clock)

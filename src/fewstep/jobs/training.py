@@ -252,11 +252,11 @@ def distill(
         facts["drift"] = bits_of_run(student, setting.task, device)
         eyes.say(facts["drift"]["line"])
     report = None
-    if recipe.evaluate.enabled:
+    if recipe.evaluate.enabled and method_class(recipe.method.name).makes != "start":
         report = _evaluated(recipe, run, setting, student, facts, eyes)
-    alone(lambda: _save(recipe, run, setting, student, facts, report, eyes))
+    folder = alone(lambda: _save(recipe, run, setting, student, facts, report, eyes))
     if report is None:
-        return {"model": str(run / "student"), **facts}
+        return {"model": str(folder), **facts}
     from ..evaluate import write_report
 
     alone(lambda: write_report(run))
@@ -334,7 +334,7 @@ def _save(
     training = {"steps": list(facts["steps"]), "seconds": round(facts["seconds"], 1), "seed": recipe.seed}
     rows = [row.model_dump(mode="json") for row in report.rows] if report is not None else []
     pictures = _sheet(student, task, recipe.seed)
-    if method_class(recipe.method.name).makes == "teacher":
+    if method_class(recipe.method.name).makes != "student":
         folder = run / "teacher"
         save_teacher(
             student.denoiser, folder, shape=setting.shape, name=name, method=recipe.method.name, task=recipe.task.name,

@@ -10,7 +10,10 @@ from typing import Any
 import torch
 
 from ..errors import Refused
+from ..grid import grid
 from ..rng import mix
+from ..solvers import SolverPlan, solver_named, start_noise
+from ..solvers import sample as run_solver
 from ..tasks import task_named
 from ..tasks.base import Task
 from ..train.processes import after_first, alone, gather, world
@@ -34,15 +37,16 @@ def sample(
     model: File, count: int, *, steps: int | None = None, seed: int = 0, labels: Sequence[int] | None = None,
     out: File = File("samples"), device: str = "cpu", plan: File | None = None,
 ) -> list[File]:  # fmt: skip
-    """Write ``count`` samples of a student, or of a teacher under its best common sampler, to ``out``.
+    """Write ``count`` samples of a student, or of a teacher under a plan or its best common sampler, to ``out``.
 
     Image k is drawn from seed + k, so that one image of many can be repeated alone. All are drawn in chunks of
     one size, the last one filled up; several processes take turns with the chunks, and the files are the same.
     """
     from ..interop import Contract, load_student, load_teacher, write_image
 
-    if plan is not None:
-        raise Refused(f"plan {plan}: searched plans are not part of this version; leave out --plan")
+    planned = None if plan is None else SolverPlan.load(plan)
+    if planned is not None and steps not in (None, planned.nfe):
+        raise Refused(f"{plan} makes {planned.nfe} calls, --steps asks for {steps}: leave out one of them")
     if count < 1:
         raise Refused(f"count must be at least 1, got {count}")
     if not 0 <= seed < 2**62:
@@ -52,6 +56,8 @@ def sample(
     role = Contract.load(folder).role if known else "teacher"
     draw: Any
     if role == "student":
+        if planned is not None:
+            raise Refused(f"{model} is a student, and a plan is for teachers: leave out --plan")
         loaded: Any = load_student(folder)
         shape, classes, value_range, decode = loaded.student.shape, loaded.classes, loaded.value_range, loaded.decode
         calls = min(loaded.student.steps) if steps is None else steps
@@ -66,16 +72,18 @@ def sample(
         shape, classes, value_range, decode = loaded.shape, loaded.classes, loaded.value_range, loaded.decode
         calls = 8 if steps is None else steps
         loaded.denoiser.to(device)
-        from ..grid import grid
-        from ..solvers import sample as run_solver
-        from ..solvers import solver_named, start_noise
-
-        times, solver = grid(loaded.denoiser.path, calls), solver_named("dpm2m")
+        path = loaded.denoiser.path
+        if planned is None:
+            times, solver = tuple(grid(path, calls).tolist()), solver_named("dpm2m")
+        else:
+            calls, solver = planned.nfe, planned.solver()
+            try:
+                times = planned.times(path)
+            except ValueError as error:
+                raise Refused(f"{plan} does not fit {model}: {error}") from None
 
         def draw(noise: torch.Tensor, cond: Any, rng: torch.Generator) -> torch.Tensor:
-            return run_solver(
-                loaded.denoiser, start_noise(loaded.denoiser.path, float(times[0]), noise), times, solver, cond=cond
-            )
+            return run_solver(loaded.denoiser, start_noise(path, times[0], noise), times, solver, cond=cond, rng=rng)
 
     wanted = list(labels) if labels else None
     if wanted is not None and classes is None:

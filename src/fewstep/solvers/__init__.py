@@ -5,11 +5,13 @@ from .default import recommended
 from .dpm import DPM2M
 from .euler import Euler, Heun
 from .plan import SolverPlan, StepPlan
+from .start import OneMoreStep
 
 __all__ = [
     "DPM2M",
     "Euler",
     "Heun",
+    "OneMoreStep",
     "Solver",
     "SolverPlan",
     "State",

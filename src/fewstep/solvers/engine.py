@@ -169,13 +169,13 @@ def _advance(path: Path, levels: tuple[Level, ...], d: Decision, i: int, wants: 
         at = (levels[nodes[1]].lam - here.lam) / (there.lam - here.lam)
         if at and math.isfinite(at):
             weights = _half(d, here, there, at)
-    if weights is None:
-        weights = _integrated(path, levels, d, start, i + 1, nodes)
     if d.shares is not None:
         if len(d.shares) != len(nodes):
             raise ValueError(f"step {i} has {len(d.shares)} shares for {len(nodes)} guesses")
-        whole = sum(weights.values)
-        weights = weights._replace(values=tuple(share * whole for share in d.shares))
+        weights = _integrated(path, levels, d, start, i + 1, nodes[:1])  # of a guess that does not change
+        weights = weights._replace(values=tuple(share * weights.values[0] for share in d.shares))
+    elif weights is None:
+        weights = _integrated(path, levels, d, start, i + 1, nodes)
     return _blend(weights, levels, d, start, nodes, wants)
 
 

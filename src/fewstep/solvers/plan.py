@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path as File
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from pydantic import Field, ValidationError, model_validator
+from torch import Tensor
 
+from ..cond import Cond
+from ..denoiser import Denoiser
 from ..errors import Refused
+from ..grid import descending
+from ..nets.skipping import leaving_out
 from ..part import Part
-from ..path import Path
-from .base import Solver, Stage
+from ..path import Path, Time
+from ..rng import Source
+from .base import Solver, Stage, State
 from .engine import Corrector, Decision, Engine
 from .weights import Form, Variable
 
@@ -30,8 +38,13 @@ class StepPlan(Part):
     relax: float = Field(1.0, gt=0, le=4, description="factor on the first-derivative term")
     churn: float = Field(0.0, ge=0, le=4, description="strength of fresh noise; x0 alone")
     weights: tuple[float, ...] | None = Field(
-        None, min_length=1, max_length=6, description="weights of the guesses, newest first, as fractions of their sum"
+        None,
+        min_length=1,
+        max_length=1000,
+        description="weights of the guesses, newest first, over the weight of a guess that never changes; in place of "
+        "the polynomial, and for any number of guesses",
     )
+    skip: tuple[str, ...] = Field((), description="blocks of the network that this step's call leaves out")
 
     @model_validator(mode="after")
     def _fits(self) -> StepPlan:
@@ -101,6 +114,41 @@ class SolverPlan(Part):
         """Calls of the network."""
         return len(self.levels)
 
+    @classmethod
+    def of(cls, path: Path, solver: Solver, times: Tensor | Sequence[float]) -> SolverPlan:
+        """The plan that does what a deterministic solver does on a grid, in one form: x0 and free weights.
+
+        A deterministic solver without thresholds is linear in its start and in the network's guesses. So it is asked
+        what it makes of unit vectors in their place, and that is all there is to it; a plan in its turn is read the
+        same way (``plan.solver(), plan.times(path)``). Levels that are asked twice (Heun's) are moved 0.002 apart in
+        lam. Raises ValueError for a solver that draws noise, or that keeps another share of its start's noise than
+        the level's.
+
+        >>> from fewstep.path import Straight
+        >>> from fewstep.solvers import Euler
+        >>> SolverPlan.of(Straight(), Euler(), (1.0, 0.5, 0.0)).steps[1].weights
+        (1.0, 0.0)
+        """
+        if solver.stochastic:
+            raise ValueError(f"{solver.name} draws noise: a plan of it cannot be read off")
+        if isinstance(solver, Planned) and any(step.skip for step in solver.plan.steps):
+            bare = solver.plan.skipping([()] * solver.plan.nfe)
+            return cls.of(path, bare.solver(), times).skipping([step.skip for step in solver.plan.steps])
+        grid = tuple(descending(times if isinstance(times, Tensor) else tuple(times)).tolist())
+        probe = _Probe(path)
+        state = solver.init(path, grid)
+        x = probe.start(4 * len(grid) + 4)
+        for i in range(len(grid) - 1):
+            x, state = solver.step(probe, x, i, state, None, None)
+        count = len(probe.times)
+        rows = torch.stack([*probe.rows, x[0]])[:, : count + 1]
+        return _canonical(path, (*probe.times, grid[-1]), rows)
+
+    def skipping(self, blocks: Sequence[Sequence[str]]) -> SolverPlan:
+        """The same plan, whose calls leave out these blocks of the network, in place of those it left out before."""
+        steps = zip(self.steps, blocks, strict=True)
+        return self.model_copy(update={"steps": tuple(s.model_copy(update={"skip": tuple(b)}) for s, b in steps)})
+
     def times(self, path: Path) -> tuple[float, ...]:
         """The descending times on a path; ValueError where the path does not reach a level."""
         made = []
@@ -142,6 +190,52 @@ class SolverPlan(Part):
             raise Refused(f"{file} is not a plan: {place}: {first['msg']}") from None
 
 
+APART = 2e-3
+"""In lam, between two calls of a plan that was read off a solver which asks a level twice."""
+
+
+class _Probe(Denoiser):
+    """A denoiser whose k-th guess of x0 is the k-th unit vector; it remembers where and on what it was asked."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path, self.times, self.rows = path, list[float](), list[Tensor]()
+
+    def start(self, most: int) -> Tensor:
+        self.basis = torch.eye(most, dtype=torch.float64)
+        return self.basis[:1].clone()
+
+    def forward(self, x: Tensor, t: Time, cond: Cond = None, want: str = "x0", s: Time | None = None) -> Tensor:
+        self.times.append(float(t))
+        self.rows.append(x[0].clone())
+        guess = self.basis[len(self.times)].unsqueeze(0)
+        return self.path.convert(guess, x, float(t), "x0", want)
+
+
+def _canonical(path: Path, times: tuple[float, ...], rows: Tensor) -> SolverPlan:
+    """The plan whose sample at call k is ``rows[k]`` of (start, first guess, second guess, ...)."""
+    points = torch.tensor(times, dtype=torch.float64)
+    coefs, lam = path.coefs(points), path.lam(points)
+    alpha, sigma, asked = coefs.alpha.tolist(), coefs.sigma.tolist(), lam.tolist()
+    if not torch.allclose(rows[:, 0], coefs.sigma / sigma[0], rtol=1e-6, atol=1e-9):
+        raise ValueError("the solver keeps another share of its start's noise than a level has: it is no plan")
+    placed = [*asked]
+    for k in range(1, len(times) - 1):
+        if placed[k] - placed[k - 1] < APART:
+            placed[k] = placed[k - 1] + APART
+            moved = path.coefs(path.time(placed[k]))
+            share = (alpha[k] - alpha[0] * sigma[k] / sigma[0]) or 1.0
+            alpha[k], sigma[k] = float(moved.alpha), float(moved.sigma)
+            rows[k] *= (alpha[k] - alpha[0] * sigma[k] / sigma[0]) / share
+    steps = []
+    for k in range(len(times) - 1):
+        keep = sigma[k + 1] / sigma[k]
+        weights = (rows[k + 1] - keep * rows[k])[1 : k + 2] / (alpha[k + 1] - alpha[k] * keep)
+        steps.append(StepPlan(weights=tuple(weights.flip(0).tolist())))
+    levels = (None if times[0] == path.t_max else placed[0], *placed[1:-1])
+    return SolverPlan(levels=levels, end=None if times[-1] == path.t_min else placed[-1], steps=tuple(steps))
+
+
 class Planned(Engine):
     """The sampler of a plan."""
 
@@ -157,3 +251,10 @@ class Planned(Engine):
         if len(stages) != self.plan.nfe:
             raise ValueError(f"the plan has {self.plan.nfe} steps, the grid {len(stages)}")
         return tuple(step.decision for step in self.plan.steps)
+
+    def step(self, model: Any, x: Tensor, i: int, state: State, cond: Cond, rng: Source | None) -> tuple[Tensor, State]:
+        skip = self.plan.steps[i].skip
+        if not skip:
+            return super().step(model, x, i, state, cond, rng)
+        with leaving_out(model, skip):
+            return super().step(model, x, i, state, cond, rng)

@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import sys
 from pathlib import Path as File
+from types import ModuleType
 from typing import Any, cast
 
 from pydantic import ValidationError
@@ -37,6 +38,15 @@ def method_class(name: str) -> type[Method]:
     file = File(place)
     if file.suffix != ".py" or not file.is_file():
         raise Refused(f"no method at {name!r}: give FILE.py:CLASS, or one of {', '.join(e.name for e in METHODS)}")
+    module = own_module(file)
+    thing = getattr(module, wanted, None)
+    if not (inspect.isclass(thing) and issubclass(thing, Method) and not inspect.isabstract(thing)):
+        raise Refused(f"{file} has no method class {wanted!r}: a subclass of fewstep.method.Method with a loss")
+    return thing
+
+
+def own_module(file: File) -> ModuleType:
+    """A file of one's own as a module. It is code and is run; Refused where it does not import."""
     spec = importlib.util.spec_from_file_location(f"fewstep_plugin_{file.stem}", file)
     if spec is None or spec.loader is None:
         raise Refused(f"{file} cannot be imported")
@@ -46,10 +56,7 @@ def method_class(name: str) -> type[Method]:
         spec.loader.exec_module(module)
     except Exception as error:
         raise Refused(f"{file} does not import: {type(error).__name__}: {error}") from error
-    thing = getattr(module, wanted, None)
-    if not (inspect.isclass(thing) and issubclass(thing, Method) and not inspect.isabstract(thing)):
-        raise Refused(f"{file} has no method class {wanted!r}: a subclass of fewstep.method.Method with a loss")
-    return thing
+    return module
 
 
 def method_options(section: MethodSection, recipe: Recipe, task: Task) -> Any:

@@ -286,6 +286,8 @@ class Trainer:
     # -- looking, logging, stopping ------------------------------------------------------------
 
     def _look(self, method: Method, average: Average | None, prober: Prober, task: Task, done: int) -> str:
+        if method.makes == "start":
+            return ""
         with average.applied() if average is not None else contextlib.nullcontext():
             probe, samples = prober(method.student)
             if self.spread is not None:
