@@ -328,7 +328,7 @@ def _plan_of(plan: Mapping[str, Any]) -> SolverPlan:
     except (ValidationError, TypeError, ValueError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
         raise Refused(f"not a plan: {'.'.join(map(str, first['loc'])) or 'plan'}: {first['msg']}") from None
-    if any(getattr(step, "skip", ()) for step in made.steps):
+    if any(step.skip for step in made.steps):
         raise Refused(
             "this plan leaves blocks of the network out, which a scheduler cannot: sample with fewstep sample --plan"
         )
