@@ -31,7 +31,7 @@ def one_line(answer: Answer) -> str:
     return answer.err
 
 
-SMALL = ["--starts", "6", "--budget", "4", "--how", "evolution", "--device", "cpu", "--threads", "1"]
+SMALL = ["--starts", "4", "--budget", "4", "--how", "evolution", "--device", "cpu", "--threads", "1"]
 
 
 @pytest.fixture

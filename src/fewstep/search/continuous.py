@@ -94,9 +94,7 @@ def _plain(value: float) -> float | None:
 def _tpe(count: int, asked: Callable[[list[float]], float], budget: int, seed: int) -> None:
     optuna = need("optuna", "search")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(
-        sampler=optuna.samplers.TPESampler(seed=seed, multivariate=True, warn_independent_sampling=False)
-    )
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
     for _ in range(budget):
         trial = study.ask()
         study.tell(trial, asked([trial.suggest_float(f"{k}", -REACH, REACH) for k in range(count)]))

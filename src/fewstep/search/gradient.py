@@ -53,8 +53,8 @@ class Fitting:
 
     ``at_once`` of them go through the sampler together, for memory's sake; it changes rounding alone.
 
-    Every ``every`` steps the fit is scored on the validation starts; the best one is returned, and the fit ends
-    where ``patience`` scores in turn were no better.
+    Every ``every`` steps the fit is scored on the validation starts; the best one is returned. Where ``patience``
+    scores in turn were no better it goes back to the best and on at a quarter of the rate.
     """
 
     steps: int = 400
@@ -62,7 +62,7 @@ class Fitting:
     at_once: int = 128
     rate: float = 0.01
     every: int = 20
-    patience: int = 10
+    patience: int = 4
     seed: int = 0
 
 
@@ -223,6 +223,7 @@ def fit(
     free = Free(path, plan)
     best, least, stale = free.plan(), error(model, plan, valid, loss, options.at_once), 0
     moments = [torch.zeros_like(p) for p in (*free.parameters, *free.parameters)]
+    kept, slow, since = [p.tolist() for p in (*free.parameters, *moments)], 1.0, 0
     frozen = [p for p in getattr(model, "parameters", list)() if p.requires_grad]
     for p in frozen:
         p.requires_grad_(False)
@@ -230,7 +231,9 @@ def fit(
         for step in range(options.steps):
             state = journal.answer(
                 f"{mix(plan.model_dump_json())} fit {step}",
-                lambda step=step: _step(model, free, moments, train, timed, loss, options, step),  # type: ignore[misc]
+                lambda step=step, since=since, slow=slow: _step(  # type: ignore[misc]
+                    model, free, moments, train, timed, loss, options, step, since, slow
+                ),
             )
             _restore(free, moments, state)
             last = step + 1 == options.steps
@@ -243,10 +246,12 @@ def fit(
                 stale += 1
                 if found is not None and found < least:
                     best, least, stale = now, found, 0
+                    kept = [*(p.tolist() for p in free.parameters), *(torch.zeros_like(m).tolist() for m in moments)]
             if tell is not None:
                 tell(step + 1, least)
             if stale >= options.patience:
-                break
+                _restore(free, moments, kept)
+                stale, since, slow = 0, step + 1, slow / 4
     finally:
         for p in frozen:
             p.requires_grad_(True)
@@ -268,9 +273,13 @@ def error(model: Any, plan: SolverPlan, pairs: Pairs, loss: Squares = squares, b
 
 
 def _step(
-    model: Any, free: Free, moments: list[Tensor], train: Pairs, timed: bool, loss: Squares, options: Fitting, step: int
-) -> list[list[float]]:
-    """One step of Adam (Kingma & Ba 2015), on rows that are a function of the seed and the step."""
+    model: Any, free: Free, moments: list[Tensor], train: Pairs, timed: bool, loss: Squares, options: Fitting,
+    step: int, since: int, slow: float,
+) -> list[list[float]]:  # fmt: skip
+    """One step of Adam (Kingma & Ba 2015), on rows that are a function of the seed and the step.
+
+    Its moments began at step ``since``; ``slow`` is the part of the rate that is taken.
+    """
     rng = torch.Generator().manual_seed(mix(options.seed, "fit", step))
     batch = min(options.batch, len(train))
     pick = torch.randperm(len(train), generator=rng)[:batch]
@@ -285,7 +294,7 @@ def _step(
             found = torch.autograd.grad(mean, parameters, allow_unused=True)
         gradients = [a if b is None else b if a is None else a + b for a, b in zip(gradients, found, strict=True)]
     free.levels, free.shares = held
-    rate_now = options.rate * (1 + math.cos(math.pi * step / options.steps)) / 2
+    rate_now, age = slow * options.rate * (1 + math.cos(math.pi * step / options.steps)) / 2, step + 1 - since
     count = len(parameters)
     for k, (value, gradient) in enumerate(zip(free.parameters, gradients, strict=True)):
         if gradient is None or not gradient.isfinite().all():
@@ -293,8 +302,8 @@ def _step(
         first, second = moments[k], moments[count + k]
         first.mul_(0.9).add_(gradient, alpha=0.1)
         second.mul_(0.99).addcmul_(gradient, gradient, value=0.01)
-        unbiased = first / (1 - 0.9 ** (step + 1))
-        value -= rate_now * unbiased / ((second / (1 - 0.99 ** (step + 1))).sqrt() + 1e-12)
+        unbiased = first / (1 - 0.9**age)
+        value -= rate_now * unbiased / ((second / (1 - 0.99**age)).sqrt() + 1e-12)
     free.hold()
     return [v.tolist() for v in (*free.parameters, *moments)]
 

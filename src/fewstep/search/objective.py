@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cond import Cond
 from ..denoiser import Denoiser
 from ..metrics.frechet import Moments, frechet_distance
 from ..solvers import SolverPlan, recommended, sample
@@ -165,7 +166,7 @@ def side_by_side(run: Callable[[Pairs], Tensor], parts: Sequence[Pairs], device:
         torch.set_num_threads(threads)
 
 
-def solved(model: Denoiser, x: Tensor, cond: Any, calls: int = FINE, batch: int = 64) -> Pairs:
+def solved(model: Denoiser, x: Tensor, cond: Cond = None, calls: int = FINE, batch: int = 64) -> Pairs:
     """Starts with their fine solution."""
     pairs = Pairs(x, cond, x)
     return Pairs(x, cond, ends(model, recommended(model.path, calls), pairs, batch))
