@@ -9,7 +9,8 @@ Teachers are mixtures known in closed form: ``ring`` (8 modes at radius 1, std 0
 (20 full covariances fitted to scikit-learn's digits, scaled as x / 8 - 1), ``held`` (16-D, 3 components, on which
 nothing was chosen). Starts are exact forward samples. The error is the distance to the end of the exact flow from the
 same start, root mean square over starts and coordinates, and the median over starts, both over the data's spread.
-Peers are diffusers' schedulers and, where installed, k-diffusion's samplers, each fed the exact guess.
+Peers are diffusers' schedulers and, where installed, k-diffusion's samplers, each fed the exact guess; rules of
+diff-sampler and k-diffusion are also re-stated in our engine on those libraries' grids ("as ds", "as k").
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.denoiser import Counted, Denoiser, Guided
+from fewstep.denoiser import Counted, Denoiser, Guided, Reframed
 from fewstep.grid import GRIDS, grid
-from fewstep.path import Exploding, Straight, Tabulated
+from fewstep.path import Coefs, Exploding, Straight, Tabulated
 from fewstep.path import Path as NoisePath
 from fewstep.registry import SOLVERS
 from fewstep.solvers import recommended, sample, solver_named
+from fewstep.solvers.engine import Decision, Engine
+from fewstep.solvers.multistep import Ipndm
 
 NFES = (3, 5, 8, 10, 15, 20, 50)
 PATHS = ("vp", "edm", "flow", "cosine")
@@ -291,6 +294,171 @@ def k_diffusion_peers(path: str) -> dict[str, Run]:
     }
 
 
+# Rules of libraries that may not be installed, re-stated in our engine on the grids that those libraries use. They hold
+# many of the figures of BARS; "ds" is diff-sampler (its data predictions without the clamp), "k" is k-diffusion.
+
+
+class Restated(Engine):
+    """A rule of the engine that takes its decision for step i of n from a function."""
+
+    name, order = "restated", 0
+
+    def __init__(self, rule: Callable[[int, tuple[Any, ...]], Decision]) -> None:
+        self.rule = rule
+
+    def decide(self, path: NoisePath, stages: tuple[Any, ...]) -> tuple[Decision, ...]:
+        return tuple(self.rule(i, stages) for i in range(len(stages)))
+
+
+def adams(depth: int, variable: Any = "rho") -> Restated:
+    return Restated(lambda i, stages: Decision("noise", variable, min(depth, i + 1)))
+
+
+def ipndm(depth: int) -> Restated:
+    def rule(i: int, stages: tuple[Any, ...]) -> Decision:
+        shares = Ipndm.SHARES[min(i, depth - 1)]
+        return Decision("noise", "rho", len(shares), shares=shares)
+
+    return Restated(rule)
+
+
+def unipc(depth: int, lower: bool) -> Restated:
+    """With B(h) = e^h - 1; ``lower``: the last steps drop to lower orders."""
+
+    def rule(i: int, stages: tuple[Any, ...]) -> Decision:
+        order = min(depth, i + 1, len(stages) - i if lower else depth)
+        return Decision("data", "lam", order, corrector="bh2")
+
+    return Restated(rule)
+
+
+def damped_3m() -> Restated:
+    """DPM-Solver++ 3M as all three libraries have it: with half of the second difference."""
+
+    def rule(i: int, stages: tuple[Any, ...]) -> Decision:
+        lams = [stages[k].lam_t for k in range(i, max(-1, i - 3), -1)]
+        h = stages[i].lam_s - stages[i].lam_t
+        if len(lams) < 2 or not all(map(math.isfinite, (h, *lams))):
+            return Decision("data", "lam", 1)
+        r0 = (lams[0] - lams[1]) / h
+        if len(lams) < 3:
+            return Decision("data", "lam", 2, shares=(1 + 1 / (2 * r0), -1 / (2 * r0)))
+        r1 = (lams[1] - lams[2]) / h
+        size, one, two = -math.expm1(-h), math.expm1(-h) / h + 1, (math.expm1(-h) + h) / h**2 - 0.5
+        a, b, part = (1 / r0, -1 / r0, 0.0), (0.0, 1 / r1, -1 / r1), r0 / (r0 + r1)
+        slope = [p + part * (p - q) for p, q in zip(a, b, strict=True)]
+        bend = [(p - q) / (r0 + r1) for p, q in zip(a, b, strict=True)]
+        shares = [(one * p - two * q) / size for p, q in zip(slope, bend, strict=True)]
+        return Decision("data", "lam", 3, shares=(1 + shares[0], shares[1], shares[2]))
+
+    return Restated(rule)
+
+
+def dpm_fast(model: Any, x: Tensor, nfe: int, cond: Any, shift: float) -> Tensor:
+    """k-diffusion's dpm_fast: single steps of DPM-Solver-3 even in log-SNR, one of lower order to make the number."""
+    path = model.path
+    top, low = (float(path.lam(t)) for t in (path.t_max, path.t_low))
+    thirds = nfe // 3
+    orders = [*[3] * (thirds - 1), 2, 1] if nfe % 3 == 0 else [*[3] * thirds, nfe % 3]
+
+    def eps(y: Tensor, lam: float) -> Tensor:
+        t = float(path.time(lam))
+        return model(y * float(path.coefs(t).alpha), t, cond, "eps")
+
+    y, step = x / float(path.coefs(path.t_max).alpha), (low - top) / len(orders)
+    for k, order in enumerate(orders):
+        lam = top + k * step
+
+        def ahead(part: float, lam: float = lam) -> tuple[float, float, float]:  # (place, sigma there, e^(part h) - 1)
+            return lam + part * step, math.exp(-lam - part * step), math.expm1(part * step)
+
+        first = eps(y, lam)
+        there, sigma, grow = ahead(1.0)
+        moved = y - sigma * grow * first
+        if order == 2:
+            place, near, part = ahead(1 / 2)
+            moved = moved - sigma * grow * (eps(y - near * part * first, place) - first)
+        elif order == 3:
+            place, near, part = ahead(1 / 3)
+            second = eps(y - near * part * first, place) - first
+            place, near, part = ahead(2 / 3)
+            bend = 2 * near * (part / (2 / 3 * step) - 1)
+            third = eps(y - near * part * first - bend * second, place) - first
+            moved = moved - sigma * 1.5 * (grow / step - 1) * third
+        y = moved
+    return y * float(path.coefs(path.t_low).alpha)
+
+
+def restated_peers(path: str) -> dict[str, Run]:
+    def run(solver: Any, kind: Any, *, to_zero: bool) -> Run:
+        def go(model: Any, x: Tensor, nfe: int, cond: Any, shift: float) -> Tensor:
+            steps = next(s for n in range(nfe, 0, -1) if (s := solver.steps_for(n)) is not None)
+            times = grid(model.path, steps, kind, shift=shift) if to_zero else grid(model.path, steps + 1, kind)[:-1]
+            return sample(model, x, times, solver, cond=cond)
+
+        return go
+
+    names = ("euler", "midpoint", "heun")
+    made = {f"bare {name} uniform": run(solver_named(name), "uniform", to_zero=True) for name in names}
+    if path == "flow":
+        return made
+    for kind in ("karras", "logsnr"):
+        rules: dict[str, Any] = {f"iPNDM-{depth}": ipndm(depth) for depth in (2, 3, 4)}
+        rules |= {f"iPNDM_v-{depth}": adams(depth) for depth in (2, 3, 4)}
+        rules |= {f"UniPC-{depth}{' lower' if low else ''}": unipc(depth, low) for depth in (2, 3) for low in (0, 1)}
+        rules |= {"DPM++2M": solver_named("dpm2m"), "DPM++3M": damped_3m()}
+        made |= {f"as ds {name} {kind}": run(rule, kind, to_zero=False) for name, rule in rules.items()}
+        for depth in (3, 4):
+            made[f"as ds DEIS tab-{depth} {kind}"] = in_variance(run(adams(depth, "time"), kind, to_zero=False))
+        rules = {"LMS": adams(4), "2M": solver_named("dpm2m"), "3M eta 0": damped_3m(), "Heun": solver_named("heun")}
+        made |= {f"as k {name} {kind}": run(rule, kind, to_zero=True) for name, rule in rules.items()}
+    made["as k dpm_fast"] = dpm_fast
+    return made
+
+
+def in_variance(run: Run) -> Run:
+    """diff-sampler's DEIS counts time as a linear variance-preserving path with the same ends does, on any path."""
+
+    def go(model: Any, x: Tensor, nfe: int, cond: Any, shift: float) -> Tensor:
+        path = model.path
+        low, top = (math.exp(-float(path.lam(t))) for t in (path.t_low, path.t_max))
+        small, large, first = math.log1p(low**2), math.log1p(top**2), 1e-3
+        rise = 2 * (small / first - large) / (first - 1)
+        start = large - rise / 2
+        twin = Clocked(sigma_min=low, sigma_max=top, start=start, rise=rise)
+        alpha = float(path.coefs(path.t_max).alpha)
+        return run(Reframed(model, twin), x / alpha, nfe, cond, shift) * float(path.coefs(path.t_low).alpha)
+
+    return go
+
+
+class Clocked(Exploding):
+    """An exploding path with the clock of a variance-preserving one: ``log(1 + sigma^2) = rise t^2 / 2 + start t``."""
+
+    start: float
+    rise: float
+
+    @property
+    def t_max(self) -> float:
+        return 1.0
+
+    @property
+    def t_low(self) -> float:
+        return 1e-3
+
+    def _coefs(self, t: Tensor) -> Coefs:
+        grown = torch.expm1(self.rise * t**2 / 2 + self.start * t)
+        rate = (grown + 1) * (self.rise * t + self.start) / (2 * grown.sqrt())
+        return Coefs(torch.ones_like(t), grown.sqrt(), torch.zeros_like(t), rate)
+
+    def lam(self, t: Any) -> Tensor:
+        return -torch.log(self.coefs(t).sigma)
+
+    def _time(self, lam: Tensor) -> Tensor:
+        seen = torch.log1p(torch.exp(-2 * lam))
+        return 2 * seen / (torch.sqrt(self.start**2 + 2 * self.rise * seen) + self.start)
+
+
 def our_solvers() -> dict[str, Run]:
     """Every deterministic solver of ours on the plain grids: what search and the default are compared with."""
 
@@ -326,6 +494,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
                 ends = exact(model, x, cond, options.fine)
                 runs: dict[str, Run] = {"fewstep recommended": our_default}
                 runs |= {f"diffusers {k}": v for k, v in diffusers_peers(path).items()} | k_diffusion_peers(path)
+                runs |= restated_peers(path)
                 if options.all:
                     runs |= {f"fewstep {k}": v for k, v in our_solvers().items()}
                 for nfe in options.nfe:
