@@ -16,6 +16,7 @@ diff-sampler and k-diffusion are also re-stated in our engine on those libraries
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -38,6 +39,7 @@ from fewstep.solvers import recommended, sample, solver_named
 from fewstep.solvers.engine import Decision, Engine
 from fewstep.solvers.multistep import Ipndm
 
+OURS = "fewstep recommended"
 NFES = (3, 5, 8, 10, 15, 20, 50)
 PATHS = ("vp", "edm", "flow", "cosine")
 PROBLEMS = ("ring", "digits", "held")
@@ -484,26 +486,31 @@ def our_default(model: Any, x: Tensor, nfe: int, cond: Any, shift: float) -> Ten
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row a problem, path, guidance, shift, calls and solver."""
     rows: list[dict[str, Any]] = []
+    known = json.loads(options.peers.read_text(encoding="utf-8")) if options.peers else []
     for problem in options.problems:
         for path in options.paths:
             teacher = teacher_named(problem, path_named(path))
             x, labels = teacher.starts(options.starts, options.seed)
-            for scale in options.guidance:
+            for scale, shift in itertools.product(options.guidance, options.shift if path == "flow" else [1.0]):
+                key = {"problem": problem, "path": path, "guidance": scale, "shift": shift}
                 model: Any = teacher if scale == 1 else Guided(teacher, scale)
                 cond = None if scale == 1 else labels
                 ends = exact(model, x, cond, options.fine)
-                runs: dict[str, Run] = {"fewstep recommended": our_default}
-                runs |= {f"diffusers {k}": v for k, v in diffusers_peers(path).items()} | k_diffusion_peers(path)
-                runs |= restated_peers(path)
+                runs: dict[str, Run] = {OURS: our_default}
+                if not known:
+                    runs |= {f"diffusers {k}": v for k, v in diffusers_peers(path).items()} | k_diffusion_peers(path)
+                    runs |= restated_peers(path)
                 if options.all:
                     runs |= {f"fewstep {k}": v for k, v in our_solvers().items()}
                 for nfe in options.nfe:
+                    here = key | {"nfe": nfe}
+                    rows += [r for r in known if r["solver"] != OURS and all(r[k] == v for k, v in here.items())]
                     for name, run in runs.items():
-                        rows.append(
-                            {"problem": problem, "path": path, "guidance": scale, "nfe": nfe, "solver": name}
-                            | outcome(run, model, x, nfe, cond, options.shift, ends, teacher.std)
-                        )
-                    show(rows, problem, path, scale, nfe)
+                        found = outcome(run, model, x.to(options.precision), nfe, cond, shift, ends, teacher.std)
+                        rows.append(here | {"solver": name} | found)
+                    show(rows, here)
+                if options.json:  # what there is, should the run be cut off
+                    options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     return rows
 
 
@@ -521,48 +528,72 @@ def outcome(
     return {"rms": rms, "median": median, "calls": counted.calls} if math.isfinite(rms) else {"error": "not finite"}
 
 
-def cell(rows: list[dict[str, Any]], problem: str, path: str, scale: float, nfe: int) -> list[dict[str, Any]]:
-    key = (problem, path, scale, nfe)
-    found = [r for r in rows if (r["problem"], r["path"], r["guidance"], r["nfe"]) == key and "rms" in r]
-    return sorted(found, key=lambda r: r["rms"])
+KEY = ("problem", "path", "guidance", "shift", "nfe")
 
 
-def show(rows: list[dict[str, Any]], problem: str, path: str, scale: float, nfe: int) -> None:
-    found = cell(rows, problem, path, scale, nfe)
-    ours = next((r for r in found if r["solver"] == "fewstep recommended"), None)
-    peer = next((r for r in found if not r["solver"].startswith("fewstep")), None)
-    bar = BARS.get((problem, path), (None,) * len(NFES))[NFES.index(nfe)] if nfe in NFES and scale == 1 else None
-    text = f"{problem:7}{path:7} g {scale:g} nfe {nfe:3}"
-    if ours:
-        text += f"  ours {ours['rms']:.4f} (median {ours['median']:.4f})"
-    if peer:
-        text += f"  best peer {peer['rms']:.4f} ({peer['median']:.4f}) {peer['solver']}"
+def cells(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    """The finite rows of each cell, best first."""
+    made: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        made.setdefault(tuple(row[k] for k in KEY), []).append(row)
+    return {k: sorted((r for r in found if "rms" in r), key=lambda r: r["rms"]) for k, found in made.items()}
+
+
+def bar_of(key: tuple[Any, ...]) -> float | None:
+    problem, path, scale, shift, nfe = key
+    held = (problem, path) in BARS and scale == shift == 1 and nfe in NFES
+    return BARS[problem, path][NFES.index(nfe)] if held else None
+
+
+def show(rows: list[dict[str, Any]], here: dict[str, Any]) -> None:
+    key = tuple(here[k] for k in KEY)
+    found, bar = cells([r for r in rows if all(r[k] == v for k, v in here.items())])[key], bar_of(key)
+    problem, path, scale, shift, nfe = key
+    text = f"{problem:7}{path:7} guidance {scale:g} shift {shift:g} calls {nfe:3}"
+    for label, row in (
+        ("ours", next((r for r in found if r["solver"] == OURS), None)),
+        ("best peer", next((r for r in found if not r["solver"].startswith("fewstep")), None)),
+    ):
+        if row:
+            text += f"  {label} {row['rms']:.4f} (median {row['median']:.4f})" + (
+                f" {row['solver']}" if row["solver"] != OURS else ""
+            )
     print(text + (f"  bar {bar:.4f}" if bar else ""), flush=True)
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """The recommended default beside the best peer of each cell, and each peer alone."""
-    cells = sorted({(r["problem"], r["path"], r["guidance"], r["nfe"]) for r in rows})
-    oracle, barred, single = [], [], {}
-    for key in cells:
-        found = cell(rows, *key)
-        ours = next((r["rms"] for r in found if r["solver"] == "fewstep recommended"), None)
+    """The recommended default beside the best peer of each cell, each peer alone, and itself with fewer calls."""
+    ratios: dict[str, list[float]] = {}
+    single: dict[str, list[float]] = {}
+    falls: dict[tuple[Any, ...], list[tuple[int, float]]] = {}
+    for key, found in cells(rows).items():
+        ours = next((r["rms"] for r in found if r["solver"] == OURS), None)
         if ours is None:
             continue
+        falls.setdefault(key[:4], []).append((key[4], ours))
         peers = [r for r in found if not r["solver"].startswith("fewstep")]
+        kind = "plain" if key[2] == key[3] == 1 else "guided or shifted"
         if peers:
-            oracle.append(ours / peers[0]["rms"])
-        if key[:2] in BARS and key[2] == 1 and key[3] in NFES:
-            barred.append(ours / BARS[key[0], key[1]][NFES.index(key[3])])
+            for name in ("best peer of the cell", f"best peer of the cell, {kind}"):
+                ratios.setdefault(name, []).append(ours / peers[0]["rms"])
+        theirs = [r for r in peers if r["solver"].startswith("diffusers")]
+        if theirs:
+            ratios.setdefault("best of diffusers", []).append(ours / theirs[0]["rms"])
+        if (bar := bar_of(key)) is not None:
+            ratios.setdefault("bar", []).append(ours / bar)
         for r in peers:
-            single.setdefault((r["solver"]), []).append(r["rms"] / ours)
+            single.setdefault(r["solver"], []).append(r["rms"] / ours)
     made = {}
-    for name, ratios in (("best measured peer of the cell", oracle), ("bar", barred)):
-        if ratios:
-            made[f"ours / {name}, geometric mean"] = statistics.geometric_mean(ratios)
-            made[f"ours / {name}, worst"] = max(ratios)
+    for name, found in ratios.items():
+        made[f"ours / {name}, geometric mean of {len(found)} cells"] = statistics.geometric_mean(found)
+        made[f"ours / {name}, worst"] = max(found)
     if single:
-        made["best single peer / ours, geometric mean"] = min(map(statistics.geometric_mean, single.values()))
+        means = {name: statistics.geometric_mean(v) for name, v in single.items()}
+        least = min(means, key=lambda name: means[name])
+        made[f"best single peer / ours, geometric mean over its cells ({least})"] = means[least]
+    rises = [b[1] / a[1] for line in falls.values() for a, b in itertools.pairwise(sorted(line))]
+    if rises:
+        made["largest growth of our error from one number of calls to the next (below 1: it always falls)"] = max(rises)
     return made
 
 
@@ -572,21 +603,36 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    kinds = sorted({(r["problem"], r["path"], r["guidance"]) for r in rows})
-    figure, axes = pyplot.subplots(1, len(kinds), figsize=(4 * len(kinds), 3.4), squeeze=False)
-    for axis, (problem, path, scale) in zip(axes[0], kinds, strict=True):
-        nfes = sorted({r["nfe"] for r in rows})
-        for name in sorted({r["solver"] for r in rows}):
-            points = [(n, r["rms"]) for n in nfes for r in cell(rows, problem, path, scale, n) if r["solver"] == name]
-            ours = name == "fewstep recommended"
-            if points:
-                look = {"color": "C3", "lw": 2, "zorder": 3} if ours else {"color": "0.75", "lw": 0.8, "zorder": 1}
-                axis.loglog(*zip(*points, strict=True), **look)
-        axis.set_title(f"{problem}, {path}" + (f", guidance {scale:g}" if scale != 1 else ""))
-        axis.set_xlabel("calls")
-    axes[0][0].set_ylabel("error / data std (red: recommended)")
+    lines: dict[tuple[Any, ...], dict[str, list[tuple[int, float]]]] = {}
+    for key, found in cells(rows).items():
+        for r in found:
+            lines.setdefault(key[:4], {}).setdefault(r["solver"], []).append((key[4], r["rms"]))
+    wide = min(4, len(lines))
+    high = math.ceil(len(lines) / wide)
+    figure, axes = pyplot.subplots(high, wide, figsize=(3.2 * wide, 2.7 * high), squeeze=False, sharex=True)
+    for axis in axes.flat[len(lines) :]:
+        axis.axis("off")
+    for axis, ((problem, path, scale, shift), solvers) in zip(axes.flat, lines.items(), strict=False):
+        for name, points in solvers.items():
+            look: dict[str, Any] = {"color": "0.75", "lw": 0.7, "zorder": 1}
+            if name == OURS:
+                look = {"color": "C3", "lw": 2.2, "zorder": 3}
+            axis.loglog(*zip(*sorted(points), strict=True), **look)
+        notes = [f"guidance {scale:g}"] * (scale != 1) + [f"shift {shift:g}"] * (shift != 1)
+        axis.set_title(", ".join([problem, path, *notes]), fontsize=9)
+        ours = [v for _, v in solvers.get(OURS, [])]
+        if ours:
+            axis.set_ylim(min(ours) / 3, 3)
+        axis.set_xticks(sorted({n for points in solvers.values() for n, _ in points}))
+        axis.get_xaxis().set_major_formatter("{x:.0f}")
+        axis.minorticks_off()
+        axis.tick_params(labelsize=7)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("error / data std", fontsize=8)
+    for axis in axes[-1]:
+        axis.set_xlabel("calls", fontsize=8)
     figure.tight_layout()
-    figure.savefig(file, dpi=110)
+    figure.savefig(file, dpi=80)
 
 
 def matrix(nfes: list[int]) -> list[str]:
@@ -674,7 +720,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1, help="of the starts; the default was chosen on seed 0")
     parser.add_argument("--fine", type=int, default=300, help="steps of the reference")
     parser.add_argument("--guidance", nargs="+", type=float, default=[1.0], help="scales; 5 for the guided cells")
-    parser.add_argument("--shift", type=float, default=1.0, help="of the peers' flow grids")
+    parser.add_argument("--shift", nargs="+", type=float, default=[1.0], help="of the peers' flow grids; 3 as in SD3")
+    parser.add_argument("--single", dest="precision", action="store_const", const=torch.float32, default=torch.float64)
+    parser.add_argument(
+        "--peers", type=Path, help="a JSON of an earlier run on the same starts: measure ours alone anew"
+    )
     parser.add_argument("--all", action="store_true", help="our named solvers on plain grids too")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
@@ -690,8 +740,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.quick:
             options.problems, options.paths, options.nfe, options.starts, options.fine = ["ring"], ["edm"], [5], 16, 60
         rows = measure(options)
-        figures = summary(rows)
-        for name, value in figures.items():
+        for name, value in summary(rows).items():
             print(f"{name}: {value:.3f}")
         if options.plot:
             plot(rows, options.plot)
