@@ -637,23 +637,31 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
 
 
 def matrix(nfes: list[int]) -> list[str]:
-    """Every solver x path x grid x calls x precision: what is not finite."""
-    bad, count = [], 0
+    """Every solver and the default x path x grid x calls x precision: what is not finite, and what is refused."""
+    bad, refused, count = [], set(), 0
     for path in PATHS:
         teacher = teacher_named("ring", path_named(path))
         x, _ = teacher.starts(4, 0)
-        for entry in SOLVERS:
-            for kind in GRIDS:
-                for nfe in nfes:
-                    steps = entry.thing.steps_for(nfe)
-                    for dtype in (torch.float32, torch.bfloat16) if steps else ():
-                        solver, rng = solver_named(entry.name), torch.Generator().manual_seed(0)
-                        times = grid(teacher.path, steps, kind)
-                        ends = sample(teacher, x.to(dtype), times, solver, rng=rng)
-                        count += 1
-                        if not ends.isfinite().all():
-                            bad.append(f"{entry.name} {path} {kind} {nfe} {dtype}")
+
+        def run(label: str, times: Any, solver: Any, teacher: Teacher = teacher, x: Tensor = x) -> None:
+            nonlocal count
+            for dtype in (torch.float32, torch.bfloat16):
+                ends = sample(teacher, x.to(dtype), times, solver, rng=torch.Generator().manual_seed(0))
+                count += 1
+                if not ends.isfinite().all() or ends.dtype != dtype:
+                    bad.append(f"{label} {dtype}")
+
+        for nfe in nfes:
+            run(f"recommended {path} {nfe}", recommended(teacher.path, nfe), None)
+            for entry, kind in itertools.product(SOLVERS, GRIDS):
+                steps = entry.thing.steps_for(nfe)
+                if steps is None:
+                    refused.add(f"{entry.name} cannot make {nfe} calls")
+                else:
+                    label = f"{entry.name} {path} {kind} {nfe}"
+                    run(label, grid(teacher.path, steps, kind), solver_named(entry.name))
     print(f"{count} combinations, {len(bad)} not finite", *bad[:20], sep="\n")
+    print(f"{len(refused)} pairs of solver and calls refused:", "; ".join(sorted(refused)[:8]), "...")
     return bad
 
 
@@ -734,7 +742,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     if options.matrix:
-        return 1 if matrix(options.nfe if not options.quick else [1, 5]) else 0
+        return 1 if matrix([1, 5] if options.quick else list(range(1, 51))) else 0
     if options.overhead:
         rows = list(overhead(3 if options.quick else 15))
     else:
