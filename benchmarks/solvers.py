@@ -577,6 +577,8 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
         if peers:
             for name in ("best peer of the cell", f"best peer of the cell, {kind}"):
                 ratios.setdefault(name, []).append(ours / peers[0]["rms"])
+            median = next(r["median"] for r in found if r["solver"] == OURS)
+            ratios.setdefault("least median of a peer, our median", []).append(median / min(r["median"] for r in peers))
         theirs = [r for r in peers if r["solver"].startswith("diffusers")]
         if theirs:
             ratios.setdefault("best of diffusers", []).append(ours / theirs[0]["rms"])
@@ -633,7 +635,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     for axis in axes[-1]:
         axis.set_xlabel("calls", fontsize=8)
     figure.tight_layout()
-    figure.savefig(file, dpi=80)
+    figure.savefig(file, dpi=72)
 
 
 def matrix(nfes: list[int]) -> list[str]:
