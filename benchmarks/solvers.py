@@ -693,12 +693,12 @@ def overhead(rounds: int) -> Iterator[dict[str, Any]]:
         for t, s in zip(times[:-1], times[1:], strict=True):
             y = y + (y - guess) / t * (s - t)
 
-    for entry in SOLVERS:
-        solver = solver_named(entry.name)
-        if entry.thing.stochastic or solver.steps_for(20) != 20:
-            continue
+    plan = recommended(path, 20)
+    named = [solver_named(e.name) for e in SOLVERS if not e.thing.stochastic and e.thing.steps_for(20) == 20]
+    for solver in (plan.solver(), *named):
+        times = plan.times(path) if solver.name == "plan" else tuple(grid(path, 20).tolist())
 
-        def ours(solver: Any = solver) -> None:
+        def ours(solver: Any = solver, times: tuple[float, ...] = times) -> None:
             state, y = solver.init(path, times), x
             for i in range(20):
                 y, state = solver.step(Free(), y, i, state, None, None)
@@ -716,8 +716,8 @@ def overhead(rounds: int) -> Iterator[dict[str, Any]]:
         with Operators() as seen:
             for i in range(20):
                 y, state = solver.step(Free(), y, i, state, None, None)
-        row = {"solver": entry.name, "ratio": statistics.median(ratios), "operators": seen.count / 20}
-        print(f"{entry.name:15} {row['ratio']:.2f} x bare Euler, {row['operators']:.1f} operators a step", flush=True)
+        row = {"solver": solver.name, "ratio": statistics.median(ratios), "operators": seen.count / 20}
+        print(f"{solver.name:15} {row['ratio']:.2f} x bare Euler, {row['operators']:.1f} operators a step", flush=True)
         yield row
 
 
