@@ -6,15 +6,18 @@
     python benchmarks/solvers.py --overhead                                 # cost of a step beside bare Euler
 
 Teachers are mixtures known in closed form: ``ring`` (8 modes at radius 1, std 0.08, in the plane), ``digits``
-(20 full covariances fitted to scikit-learn's digits, scaled as x / 8 - 1), ``held`` (16-D, 3 components, on which
-nothing was chosen). Starts are exact forward samples. The error is the distance to the end of the exact flow from the
-same start, root mean square over starts and coordinates, and the median over starts, both over the data's spread.
-Peers are diffusers' schedulers and, where installed, k-diffusion's samplers, each fed the exact guess.
+(20 full covariances fitted to scikit-learn's digits, scaled as x / 8 - 1), ``three`` (16-D, 3 components), and
+``held``, drawn like ``three`` after the default was frozen: on it nothing was chosen. Starts are exact forward samples.
+The error is the distance to the end of the exact flow from the same start, root mean square over starts and
+coordinates, and the median over starts, both over the data's spread. Peers are diffusers' schedulers and, where
+installed, k-diffusion's samplers, each fed the exact guess; rules of diff-sampler and k-diffusion are also re-stated in
+our engine on those libraries' grids ("as ds", "as k").
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -28,16 +31,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.denoiser import Counted, Denoiser, Guided
+from fewstep.denoiser import Counted, Denoiser, Guided, Reframed
+from fewstep.errors import Refused
 from fewstep.grid import GRIDS, grid
-from fewstep.path import Exploding, Straight, Tabulated
+from fewstep.path import Coefs, Exploding, Straight, Tabulated
 from fewstep.path import Path as NoisePath
 from fewstep.registry import SOLVERS
-from fewstep.solvers import recommended, sample, solver_named
+from fewstep.solvers import recommended, sample, solver_named, steps_of
+from fewstep.solvers.engine import Decision, Engine
+from fewstep.solvers.multistep import Ipndm
 
+OURS = "fewstep recommended"
 NFES = (3, 5, 8, 10, 15, 20, 50)
 PATHS = ("vp", "edm", "flow", "cosine")
-PROBLEMS = ("ring", "digits", "held")
+PROBLEMS = ("ring", "digits", "three", "held")
 BARS = {  # lowest error of any deterministic peer of diffusers, k-diffusion and diff-sampler, measured on other starts
     ("ring", "vp"): (0.146, 0.0586, 0.0226, 0.0134, 0.0073, 0.0043, 0.0010),
     ("ring", "edm"): (0.120, 0.0470, 0.0571, 0.0210, 0.0123, 0.0084, 0.0009),
@@ -127,7 +134,7 @@ def teacher_named(problem: str, path: NoisePath) -> Teacher:
         law = GaussianMixture(20, covariance_type="full", reg_covar=1e-3, random_state=0).fit(data.data / 8 - 1)
         parts = (torch.tensor(v) for v in (law.weights_, law.means_, law.covariances_))
         return Teacher(*parts, path, torch.arange(20) % 2)
-    rng = torch.Generator().manual_seed(2024)
+    rng = torch.Generator().manual_seed({"three": 2024, "held": 2025}[problem])
     means = 0.8 * torch.randn(3, 16, generator=rng, dtype=torch.float64)
     roots = torch.randn(3, 16, 16, generator=rng, dtype=torch.float64) / 16
     spread = roots @ roots.mT + 0.01 * torch.eye(16, dtype=torch.float64)
@@ -290,6 +297,171 @@ def k_diffusion_peers(path: str) -> dict[str, Run]:
     }
 
 
+# Rules of libraries that may not be installed, re-stated in our engine on the grids that those libraries use. They hold
+# many of the figures of BARS; "ds" is diff-sampler (its data predictions without the clamp), "k" is k-diffusion.
+
+
+class Restated(Engine):
+    """A rule of the engine that takes its decision for step i of n from a function."""
+
+    name, order = "restated", 0
+
+    def __init__(self, rule: Callable[[int, tuple[Any, ...]], Decision]) -> None:
+        self.rule = rule
+
+    def decide(self, path: NoisePath, stages: tuple[Any, ...]) -> tuple[Decision, ...]:
+        return tuple(self.rule(i, stages) for i in range(len(stages)))
+
+
+def adams(depth: int, variable: Any = "rho") -> Restated:
+    return Restated(lambda i, stages: Decision("noise", variable, min(depth, i + 1)))
+
+
+def ipndm(depth: int) -> Restated:
+    def rule(i: int, stages: tuple[Any, ...]) -> Decision:
+        shares = Ipndm.SHARES[min(i, depth - 1)]
+        return Decision("noise", "rho", len(shares), shares=shares)
+
+    return Restated(rule)
+
+
+def unipc(depth: int, lower: bool) -> Restated:
+    """With B(h) = e^h - 1; ``lower``: the last steps drop to lower orders."""
+
+    def rule(i: int, stages: tuple[Any, ...]) -> Decision:
+        order = min(depth, i + 1, len(stages) - i if lower else depth)
+        return Decision("data", "lam", order, corrector="bh2")
+
+    return Restated(rule)
+
+
+def damped_3m() -> Restated:
+    """DPM-Solver++ 3M as all three libraries have it: with half of the second difference."""
+
+    def rule(i: int, stages: tuple[Any, ...]) -> Decision:
+        lams = [stages[k].lam_t for k in range(i, max(-1, i - 3), -1)]
+        h = stages[i].lam_s - stages[i].lam_t
+        if len(lams) < 2 or not all(map(math.isfinite, (h, *lams))):
+            return Decision("data", "lam", 1)
+        r0 = (lams[0] - lams[1]) / h
+        if len(lams) < 3:
+            return Decision("data", "lam", 2, shares=(1 + 1 / (2 * r0), -1 / (2 * r0)))
+        r1 = (lams[1] - lams[2]) / h
+        size, one, two = -math.expm1(-h), math.expm1(-h) / h + 1, (math.expm1(-h) + h) / h**2 - 0.5
+        a, b, part = (1 / r0, -1 / r0, 0.0), (0.0, 1 / r1, -1 / r1), r0 / (r0 + r1)
+        slope = [p + part * (p - q) for p, q in zip(a, b, strict=True)]
+        bend = [(p - q) / (r0 + r1) for p, q in zip(a, b, strict=True)]
+        shares = [(one * p - two * q) / size for p, q in zip(slope, bend, strict=True)]
+        return Decision("data", "lam", 3, shares=(1 + shares[0], shares[1], shares[2]))
+
+    return Restated(rule)
+
+
+def dpm_fast(model: Any, x: Tensor, nfe: int, cond: Any, shift: float) -> Tensor:
+    """k-diffusion's dpm_fast: single steps of DPM-Solver-3 even in log-SNR, one of lower order to make the number."""
+    path = model.path
+    top, low = (float(path.lam(t)) for t in (path.t_max, path.t_low))
+    thirds = nfe // 3
+    orders = [*[3] * (thirds - 1), 2, 1] if nfe % 3 == 0 else [*[3] * thirds, nfe % 3]
+
+    def eps(y: Tensor, lam: float) -> Tensor:
+        t = float(path.time(lam))
+        return model(y * float(path.coefs(t).alpha), t, cond, "eps")
+
+    y, step = x / float(path.coefs(path.t_max).alpha), (low - top) / len(orders)
+    for k, order in enumerate(orders):
+        lam = top + k * step
+
+        def ahead(part: float, lam: float = lam) -> tuple[float, float, float]:  # (place, sigma there, e^(part h) - 1)
+            return lam + part * step, math.exp(-lam - part * step), math.expm1(part * step)
+
+        first = eps(y, lam)
+        there, sigma, grow = ahead(1.0)
+        moved = y - sigma * grow * first
+        if order == 2:
+            place, near, part = ahead(1 / 2)
+            moved = moved - sigma * grow * (eps(y - near * part * first, place) - first)
+        elif order == 3:
+            place, near, part = ahead(1 / 3)
+            second = eps(y - near * part * first, place) - first
+            place, near, part = ahead(2 / 3)
+            bend = 2 * near * (part / (2 / 3 * step) - 1)
+            third = eps(y - near * part * first - bend * second, place) - first
+            moved = moved - sigma * 1.5 * (grow / step - 1) * third
+        y = moved
+    return y * float(path.coefs(path.t_low).alpha)
+
+
+def restated_peers(path: str) -> dict[str, Run]:
+    def run(solver: Any, kind: Any, *, to_zero: bool) -> Run:
+        def go(model: Any, x: Tensor, nfe: int, cond: Any, shift: float) -> Tensor:
+            steps = next(s for n in range(nfe, 0, -1) if (s := solver.steps_for(n)) is not None)
+            times = grid(model.path, steps, kind, shift=shift) if to_zero else grid(model.path, steps + 1, kind)[:-1]
+            return sample(model, x, times, solver, cond=cond)
+
+        return go
+
+    names = ("euler", "midpoint", "heun")
+    made = {f"bare {name} uniform": run(solver_named(name), "uniform", to_zero=True) for name in names}
+    if path == "flow":
+        return made
+    for kind in ("karras", "logsnr"):
+        rules: dict[str, Any] = {f"iPNDM-{depth}": ipndm(depth) for depth in (2, 3, 4)}
+        rules |= {f"iPNDM_v-{depth}": adams(depth) for depth in (2, 3, 4)}
+        rules |= {f"UniPC-{depth}{' lower' if low else ''}": unipc(depth, low) for depth in (2, 3) for low in (0, 1)}
+        rules |= {"DPM++2M": solver_named("dpm2m"), "DPM++3M": damped_3m()}
+        made |= {f"as ds {name} {kind}": run(rule, kind, to_zero=False) for name, rule in rules.items()}
+        for depth in (3, 4):
+            made[f"as ds DEIS tab-{depth} {kind}"] = in_variance(run(adams(depth, "time"), kind, to_zero=False))
+        rules = {"LMS": adams(4), "2M": solver_named("dpm2m"), "3M eta 0": damped_3m(), "Heun": solver_named("heun")}
+        made |= {f"as k {name} {kind}": run(rule, kind, to_zero=True) for name, rule in rules.items()}
+    made["as k dpm_fast"] = dpm_fast
+    return made
+
+
+def in_variance(run: Run) -> Run:
+    """diff-sampler's DEIS counts time as a linear variance-preserving path with the same ends does, on any path."""
+
+    def go(model: Any, x: Tensor, nfe: int, cond: Any, shift: float) -> Tensor:
+        path = model.path
+        low, top = (math.exp(-float(path.lam(t))) for t in (path.t_low, path.t_max))
+        small, large, first = math.log1p(low**2), math.log1p(top**2), 1e-3
+        rise = 2 * (small / first - large) / (first - 1)
+        start = large - rise / 2
+        twin = Clocked(sigma_min=low, sigma_max=top, start=start, rise=rise)
+        alpha = float(path.coefs(path.t_max).alpha)
+        return run(Reframed(model, twin), x / alpha, nfe, cond, shift) * float(path.coefs(path.t_low).alpha)
+
+    return go
+
+
+class Clocked(Exploding):
+    """An exploding path with the clock of a variance-preserving one: ``log(1 + sigma^2) = rise t^2 / 2 + start t``."""
+
+    start: float
+    rise: float
+
+    @property
+    def t_max(self) -> float:
+        return 1.0
+
+    @property
+    def t_low(self) -> float:
+        return 1e-3
+
+    def _coefs(self, t: Tensor) -> Coefs:
+        grown = torch.expm1(self.rise * t**2 / 2 + self.start * t)
+        rate = (grown + 1) * (self.rise * t + self.start) / (2 * grown.sqrt())
+        return Coefs(torch.ones_like(t), grown.sqrt(), torch.zeros_like(t), rate)
+
+    def lam(self, t: Any) -> Tensor:
+        return -torch.log(self.coefs(t).sigma)
+
+    def _time(self, lam: Tensor) -> Tensor:
+        seen = torch.log1p(torch.exp(-2 * lam))
+        return 2 * seen / (torch.sqrt(self.start**2 + 2 * self.rise * seen) + self.start)
+
+
 def our_solvers() -> dict[str, Run]:
     """Every deterministic solver of ours on the plain grids: what search and the default are compared with."""
 
@@ -315,25 +487,31 @@ def our_default(model: Any, x: Tensor, nfe: int, cond: Any, shift: float) -> Ten
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row a problem, path, guidance, shift, calls and solver."""
     rows: list[dict[str, Any]] = []
+    known = json.loads(options.peers.read_text(encoding="utf-8")) if options.peers else []
     for problem in options.problems:
         for path in options.paths:
             teacher = teacher_named(problem, path_named(path))
             x, labels = teacher.starts(options.starts, options.seed)
-            for scale in options.guidance:
+            for scale, shift in itertools.product(options.guidance, options.shift if path == "flow" else [1.0]):
+                key = {"problem": problem, "path": path, "guidance": scale, "shift": shift}
                 model: Any = teacher if scale == 1 else Guided(teacher, scale)
                 cond = None if scale == 1 else labels
                 ends = exact(model, x, cond, options.fine)
-                runs: dict[str, Run] = {"fewstep recommended": our_default}
-                runs |= {f"diffusers {k}": v for k, v in diffusers_peers(path).items()} | k_diffusion_peers(path)
+                runs: dict[str, Run] = {OURS: our_default}
+                if not known:
+                    runs |= {f"diffusers {k}": v for k, v in diffusers_peers(path).items()} | k_diffusion_peers(path)
+                    runs |= restated_peers(path)
                 if options.all:
                     runs |= {f"fewstep {k}": v for k, v in our_solvers().items()}
                 for nfe in options.nfe:
+                    here = key | {"nfe": nfe}
+                    rows += [r for r in known if r["solver"] != OURS and all(r[k] == v for k, v in here.items())]
                     for name, run in runs.items():
-                        rows.append(
-                            {"problem": problem, "path": path, "guidance": scale, "nfe": nfe, "solver": name}
-                            | outcome(run, model, x, nfe, cond, options.shift, ends, teacher.std)
-                        )
-                    show(rows, problem, path, scale, nfe)
+                        found = outcome(run, model, x.to(options.precision), nfe, cond, shift, ends, teacher.std)
+                        rows.append(here | {"solver": name} | found)
+                    show(rows, here)
+                if options.json:  # what there is, should the run be cut off
+                    options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     return rows
 
 
@@ -351,48 +529,74 @@ def outcome(
     return {"rms": rms, "median": median, "calls": counted.calls} if math.isfinite(rms) else {"error": "not finite"}
 
 
-def cell(rows: list[dict[str, Any]], problem: str, path: str, scale: float, nfe: int) -> list[dict[str, Any]]:
-    key = (problem, path, scale, nfe)
-    found = [r for r in rows if (r["problem"], r["path"], r["guidance"], r["nfe"]) == key and "rms" in r]
-    return sorted(found, key=lambda r: r["rms"])
+KEY = ("problem", "path", "guidance", "shift", "nfe")
 
 
-def show(rows: list[dict[str, Any]], problem: str, path: str, scale: float, nfe: int) -> None:
-    found = cell(rows, problem, path, scale, nfe)
-    ours = next((r for r in found if r["solver"] == "fewstep recommended"), None)
-    peer = next((r for r in found if not r["solver"].startswith("fewstep")), None)
-    bar = BARS.get((problem, path), (None,) * len(NFES))[NFES.index(nfe)] if nfe in NFES and scale == 1 else None
-    text = f"{problem:7}{path:7} g {scale:g} nfe {nfe:3}"
-    if ours:
-        text += f"  ours {ours['rms']:.4f} (median {ours['median']:.4f})"
-    if peer:
-        text += f"  best peer {peer['rms']:.4f} ({peer['median']:.4f}) {peer['solver']}"
+def cells(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    """The finite rows of each cell, best first."""
+    made: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        made.setdefault(tuple(row[k] for k in KEY), []).append(row)
+    return {k: sorted((r for r in found if "rms" in r), key=lambda r: r["rms"]) for k, found in made.items()}
+
+
+def bar_of(key: tuple[Any, ...]) -> float | None:
+    problem, path, scale, shift, nfe = key
+    held = (problem, path) in BARS and scale == shift == 1 and nfe in NFES
+    return BARS[problem, path][NFES.index(nfe)] if held else None
+
+
+def show(rows: list[dict[str, Any]], here: dict[str, Any]) -> None:
+    key = tuple(here[k] for k in KEY)
+    found, bar = cells([r for r in rows if all(r[k] == v for k, v in here.items())])[key], bar_of(key)
+    problem, path, scale, shift, nfe = key
+    text = f"{problem:7}{path:7} guidance {scale:g} shift {shift:g} calls {nfe:3}"
+    for label, row in (
+        ("ours", next((r for r in found if r["solver"] == OURS), None)),
+        ("best peer", next((r for r in found if not r["solver"].startswith("fewstep")), None)),
+    ):
+        if row:
+            text += f"  {label} {row['rms']:.4f} (median {row['median']:.4f})" + (
+                f" {row['solver']}" if row["solver"] != OURS else ""
+            )
     print(text + (f"  bar {bar:.4f}" if bar else ""), flush=True)
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """The recommended default beside the best peer of each cell, and each peer alone."""
-    cells = sorted({(r["problem"], r["path"], r["guidance"], r["nfe"]) for r in rows})
-    oracle, barred, single = [], [], {}
-    for key in cells:
-        found = cell(rows, *key)
-        ours = next((r["rms"] for r in found if r["solver"] == "fewstep recommended"), None)
+    """The recommended default beside the best peer of each cell, each peer alone, and itself with fewer calls."""
+    ratios: dict[str, list[float]] = {}
+    single: dict[str, list[float]] = {}
+    falls: dict[tuple[Any, ...], list[tuple[int, float]]] = {}
+    for key, found in cells(rows).items():
+        ours = next((r["rms"] for r in found if r["solver"] == OURS), None)
         if ours is None:
             continue
+        falls.setdefault(key[:4], []).append((key[4], ours))
         peers = [r for r in found if not r["solver"].startswith("fewstep")]
+        kind = "plain" if key[2] == key[3] == 1 else "guided or shifted"
         if peers:
-            oracle.append(ours / peers[0]["rms"])
-        if key[:2] in BARS and key[2] == 1 and key[3] in NFES:
-            barred.append(ours / BARS[key[0], key[1]][NFES.index(key[3])])
+            for name in ("best peer of the cell", f"best peer of the cell, {kind}"):
+                ratios.setdefault(name, []).append(ours / peers[0]["rms"])
+            median = next(r["median"] for r in found if r["solver"] == OURS)
+            ratios.setdefault("least median of a peer, our median", []).append(median / min(r["median"] for r in peers))
+        theirs = [r for r in peers if r["solver"].startswith("diffusers")]
+        if theirs:
+            ratios.setdefault("best of diffusers", []).append(ours / theirs[0]["rms"])
+        if (bar := bar_of(key)) is not None:
+            ratios.setdefault("bar", []).append(ours / bar)
         for r in peers:
-            single.setdefault((r["solver"]), []).append(r["rms"] / ours)
+            single.setdefault(r["solver"], []).append(r["rms"] / ours)
     made = {}
-    for name, ratios in (("best measured peer of the cell", oracle), ("bar", barred)):
-        if ratios:
-            made[f"ours / {name}, geometric mean"] = statistics.geometric_mean(ratios)
-            made[f"ours / {name}, worst"] = max(ratios)
+    for name, found in ratios.items():
+        made[f"ours / {name}, geometric mean of {len(found)} cells"] = statistics.geometric_mean(found)
+        made[f"ours / {name}, worst"] = max(found)
     if single:
-        made["best single peer / ours, geometric mean"] = min(map(statistics.geometric_mean, single.values()))
+        means = {name: statistics.geometric_mean(v) for name, v in single.items()}
+        least = min(means, key=lambda name: means[name])
+        made[f"best single peer / ours, geometric mean over its cells ({least})"] = means[least]
+    rises = [b[1] / a[1] for line in falls.values() for a, b in itertools.pairwise(sorted(line))]
+    if rises:
+        made["largest growth of our error from one number of calls to the next (below 1: it always falls)"] = max(rises)
     return made
 
 
@@ -402,41 +606,65 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    kinds = sorted({(r["problem"], r["path"], r["guidance"]) for r in rows})
-    figure, axes = pyplot.subplots(1, len(kinds), figsize=(4 * len(kinds), 3.4), squeeze=False)
-    for axis, (problem, path, scale) in zip(axes[0], kinds, strict=True):
-        nfes = sorted({r["nfe"] for r in rows})
-        for name in sorted({r["solver"] for r in rows}):
-            points = [(n, r["rms"]) for n in nfes for r in cell(rows, problem, path, scale, n) if r["solver"] == name]
-            ours = name == "fewstep recommended"
-            if points:
-                look = {"color": "C3", "lw": 2, "zorder": 3} if ours else {"color": "0.75", "lw": 0.8, "zorder": 1}
-                axis.loglog(*zip(*points, strict=True), **look)
-        axis.set_title(f"{problem}, {path}" + (f", guidance {scale:g}" if scale != 1 else ""))
-        axis.set_xlabel("calls")
-    axes[0][0].set_ylabel("error / data std (red: recommended)")
+    lines: dict[tuple[Any, ...], dict[str, list[tuple[int, float]]]] = {}
+    for key, found in cells(rows).items():
+        for r in found:
+            lines.setdefault(key[:4], {}).setdefault(r["solver"], []).append((key[4], r["rms"]))
+    wide = min(4, len(lines))
+    high = math.ceil(len(lines) / wide)
+    figure, axes = pyplot.subplots(high, wide, figsize=(3.2 * wide, 2.7 * high), squeeze=False, sharex=True)
+    for axis in axes.flat[len(lines) :]:
+        axis.axis("off")
+    for axis, ((problem, path, scale, shift), solvers) in zip(axes.flat, lines.items(), strict=False):
+        for name, points in solvers.items():
+            look: dict[str, Any] = {"color": "0.75", "lw": 0.7, "zorder": 1}
+            if name == OURS:
+                look = {"color": "C3", "lw": 2.2, "zorder": 3}
+            axis.loglog(*zip(*sorted(points), strict=True), **look)
+        notes = [f"guidance {scale:g}"] * (scale != 1) + [f"shift {shift:g}"] * (shift != 1)
+        axis.set_title(", ".join([problem, path, *notes]), fontsize=9)
+        ours = [v for _, v in solvers.get(OURS, [])]
+        if ours:
+            axis.set_ylim(min(ours) / 3, 3)
+        axis.set_xticks(sorted({n for points in solvers.values() for n, _ in points}))
+        axis.get_xaxis().set_major_formatter("{x:.0f}")
+        axis.minorticks_off()
+        axis.tick_params(labelsize=7)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("error / data std", fontsize=8)
+    for axis in axes[-1]:
+        axis.set_xlabel("calls", fontsize=8)
     figure.tight_layout()
-    figure.savefig(file, dpi=110)
+    figure.savefig(file, dpi=72)
 
 
 def matrix(nfes: list[int]) -> list[str]:
-    """Every solver x path x grid x calls x precision: what is not finite."""
-    bad, count = [], 0
+    """Every solver and the default x path x grid x calls x precision: what is not finite, and what is refused."""
+    bad, refused, count = [], set(), 0
     for path in PATHS:
         teacher = teacher_named("ring", path_named(path))
         x, _ = teacher.starts(4, 0)
-        for entry in SOLVERS:
-            for kind in GRIDS:
-                for nfe in nfes:
-                    steps = entry.thing.steps_for(nfe)
-                    for dtype in (torch.float32, torch.bfloat16) if steps else ():
-                        solver, rng = solver_named(entry.name), torch.Generator().manual_seed(0)
-                        times = grid(teacher.path, steps, kind)
-                        ends = sample(teacher, x.to(dtype), times, solver, rng=rng)
-                        count += 1
-                        if not ends.isfinite().all():
-                            bad.append(f"{entry.name} {path} {kind} {nfe} {dtype}")
+
+        def run(label: str, times: Any, solver: Any, teacher: Teacher = teacher, x: Tensor = x) -> None:
+            nonlocal count
+            for dtype in (torch.float32, torch.bfloat16):
+                ends = sample(teacher, x.to(dtype), times, solver, rng=torch.Generator().manual_seed(0))
+                count += 1
+                if not ends.isfinite().all() or ends.dtype != dtype:
+                    bad.append(f"{label} {dtype}")
+
+        for nfe in nfes:
+            run(f"recommended {path} {nfe}", recommended(teacher.path, nfe), None)
+            for entry, kind in itertools.product(SOLVERS, GRIDS):
+                solver = solver_named(entry.name)
+                try:
+                    steps = steps_of(solver, nfe)
+                except Refused as error:
+                    refused.add(str(error))
+                else:
+                    run(f"{entry.name} {path} {kind} {nfe}", grid(teacher.path, steps, kind), solver)
     print(f"{count} combinations, {len(bad)} not finite", *bad[:20], sep="\n")
+    print(f"{len(refused)} pairs of solver and calls refused:", "; ".join(sorted(refused)[:8]), "...")
     return bad
 
 
@@ -466,12 +694,12 @@ def overhead(rounds: int) -> Iterator[dict[str, Any]]:
         for t, s in zip(times[:-1], times[1:], strict=True):
             y = y + (y - guess) / t * (s - t)
 
-    for entry in SOLVERS:
-        solver = solver_named(entry.name)
-        if entry.thing.stochastic or solver.steps_for(20) != 20:
-            continue
+    plan = recommended(path, 20)
+    named = [solver_named(e.name) for e in SOLVERS if not e.thing.stochastic and e.thing.steps_for(20) == 20]
+    for solver in (plan.solver(), *named):
+        times = plan.times(path) if solver.name == "plan" else tuple(grid(path, 20).tolist())
 
-        def ours(solver: Any = solver) -> None:
+        def ours(solver: Any = solver, times: tuple[float, ...] = times) -> None:
             state, y = solver.init(path, times), x
             for i in range(20):
                 y, state = solver.step(Free(), y, i, state, None, None)
@@ -489,8 +717,8 @@ def overhead(rounds: int) -> Iterator[dict[str, Any]]:
         with Operators() as seen:
             for i in range(20):
                 y, state = solver.step(Free(), y, i, state, None, None)
-        row = {"solver": entry.name, "ratio": statistics.median(ratios), "operators": seen.count / 20}
-        print(f"{entry.name:15} {row['ratio']:.2f} x bare Euler, {row['operators']:.1f} operators a step", flush=True)
+        row = {"solver": solver.name, "ratio": statistics.median(ratios), "operators": seen.count / 20}
+        print(f"{solver.name:15} {row['ratio']:.2f} x bare Euler, {row['operators']:.1f} operators a step", flush=True)
         yield row
 
 
@@ -504,7 +732,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1, help="of the starts; the default was chosen on seed 0")
     parser.add_argument("--fine", type=int, default=300, help="steps of the reference")
     parser.add_argument("--guidance", nargs="+", type=float, default=[1.0], help="scales; 5 for the guided cells")
-    parser.add_argument("--shift", type=float, default=1.0, help="of the peers' flow grids")
+    parser.add_argument("--shift", nargs="+", type=float, default=[1.0], help="of the peers' flow grids; 3 as in SD3")
+    parser.add_argument("--single", dest="precision", action="store_const", const=torch.float32, default=torch.float64)
+    parser.add_argument(
+        "--peers", type=Path, help="a JSON of an earlier run on the same starts: measure ours alone anew"
+    )
     parser.add_argument("--all", action="store_true", help="our named solvers on plain grids too")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
@@ -513,15 +745,14 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     if options.matrix:
-        return 1 if matrix(options.nfe if not options.quick else [1, 5]) else 0
+        return 1 if matrix([1, 5] if options.quick else list(range(1, 51))) else 0
     if options.overhead:
         rows = list(overhead(3 if options.quick else 15))
     else:
         if options.quick:
             options.problems, options.paths, options.nfe, options.starts, options.fine = ["ring"], ["edm"], [5], 16, 60
         rows = measure(options)
-        figures = summary(rows)
-        for name, value in figures.items():
+        for name, value in summary(rows).items():
             print(f"{name}: {value:.3f}")
         if options.plot:
             plot(rows, options.plot)

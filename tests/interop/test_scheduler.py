@@ -626,7 +626,7 @@ REFUSALS = {
     "calls": (
         lambda: FewstepScheduler.from_config(TABLE, solver="heun").set_timesteps(6),
         Refused,
-        "heun cannot make 6 calls of the network: pass num_inference_steps=5 or 7",
+        "heun cannot make 6 calls of the network: take 5 or 7",
     ),
     "no steps": (lambda: FewstepScheduler.from_config(TABLE).set_timesteps(0), Refused, "at least 1, got 0"),
     "mu": (lambda: FewstepScheduler.from_config(TABLE).set_timesteps(4, mu=1.0), Refused, "mu, the shift of a flow"),

@@ -5,10 +5,11 @@ import torch
 from laws import PATHS, clean_error, draw, flow_error, full_gaussian, gaussian, mixture, seeded
 
 from fewstep.denoiser import Counted, Guided, Reframed
+from fewstep.errors import Refused
 from fewstep.grid import grid
 from fewstep.path import Exploding, Straight, VariancePreserving
 from fewstep.registry import SOLVERS, UnknownName
-from fewstep.solvers import DPM2M, Euler, Heun, sample, solver_named, start_noise
+from fewstep.solvers import DPM2M, Euler, Heun, sample, solver_named, start_noise, steps_of
 
 every_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 every_solver = pytest.mark.parametrize("solver", [Euler(), Heun(), DPM2M()], ids=lambda s: s.name)
@@ -250,3 +251,18 @@ def test_solvers_are_found_by_name():
         assert entry.papers
     with pytest.raises(UnknownName, match="unknown sampler 'huen': did you mean 'heun'"):
         solver_named("huen")
+
+
+@pytest.mark.parametrize("entry", list(SOLVERS), ids=lambda e: e.name)
+def test_a_number_of_calls_that_no_steps_cost_is_refused_by_name_with_those_that_work(entry):
+    solver = solver_named(entry.name)
+    for nfe in range(1, 30):
+        if solver.steps_for(nfe) is not None:
+            assert steps_of(solver, nfe) == solver.steps_for(nfe)
+            continue
+        with pytest.raises(Refused, match=f"^{entry.name} cannot make {nfe} calls of the network: take ") as error:
+            steps_of(solver, nfe)
+        for other in str(error.value).split("take ")[1].split(" or "):
+            assert solver.steps_for(int(other))
+    with pytest.raises(Refused, match="cannot make 0 calls"):
+        steps_of(solver, 0)

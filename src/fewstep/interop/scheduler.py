@@ -23,7 +23,7 @@ from ..grid import GRIDS, grid, shifted
 from ..path import Path, Time
 from ..registry import nearest
 from ..rng import Rng
-from ..solvers import Solver, SolverPlan, State, recommended, sample, solver_named
+from ..solvers import Solver, SolverPlan, State, recommended, sample, solver_named, steps_of
 from ..solvers.engine import Course, Engine
 from ..solvers.plan import Planned
 from .configs import OWN, SOLVERS, Reading, read_config
@@ -198,7 +198,7 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if listed:
             times = reading.times(sigmas=sigmas, timesteps=timesteps, mu=mu)
             return times, solver or recommended(path, len(times) - 1).solver()
-        steps = count if solver is None else self._steps(solver, count)
+        steps = count if solver is None else steps_of(solver, count)
         if self.config.grid is not None:
             times = tuple(grid(path, steps, self.config.grid, shift=shift).tolist())
             return times, solver or recommended(path, steps).solver()
@@ -216,17 +216,6 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             return plan.times(path)
         except ValueError as error:
             raise Refused(f"the plan does not fit this pipeline: {error}") from None
-
-    @staticmethod
-    def _steps(solver: Solver, calls: int) -> int:
-        steps = solver.steps_for(calls)
-        if steps is None:
-            near = sorted((n for n in range(1, calls + 8) if solver.steps_for(n)), key=lambda n: abs(n - calls))[:2]
-            raise Refused(
-                f"{solver.name} cannot make {calls} calls of the network: pass num_inference_steps="
-                + " or ".join(map(str, sorted(near)))
-            )
-        return steps
 
     # -- what pipelines ask ---------------------------------------------------------------------------
 

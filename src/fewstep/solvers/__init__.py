@@ -1,6 +1,6 @@
 """Samplers: one loop, one file per family."""
 
-from .base import Solver, State, sample, start_noise
+from .base import Solver, State, sample, start_noise, steps_of
 from .default import recommended
 from .dpm import DPM2M
 from .euler import Euler, Heun
@@ -20,6 +20,7 @@ __all__ = [
     "sample",
     "solver_named",
     "start_noise",
+    "steps_of",
 ]
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..cond import Cond
+from ..errors import Refused
 from ..grid import descending
 from ..path import Path
 from ..rng import Source
@@ -80,6 +81,21 @@ class Solver(ABC):
     @abstractmethod
     def steps_for(cls, nfe: int) -> int | None:
         """How many steps cost exactly ``nfe`` calls down to clean data; None where none does."""
+
+
+def steps_of(solver: Solver, nfe: int) -> int:
+    """The steps of a solver that cost exactly ``nfe`` calls; Refused, with the counts that work, where none do.
+
+    >>> from fewstep.solvers import Heun
+    >>> steps_of(Heun(), 5)
+    3
+    """
+    steps = solver.steps_for(nfe) if nfe > 0 else None
+    if steps is None:
+        possible = [n for n in range(1, max(nfe, 0) + 9) if solver.steps_for(n)]
+        near = sorted(sorted(possible, key=lambda n: abs(n - nfe))[:2])
+        raise Refused(f"{solver.name} cannot make {nfe} calls of the network: take {' or '.join(map(str, near))}")
+    return steps
 
 
 def sample(

@@ -18,7 +18,7 @@ from ..errors import Failed
 from ..grid import grid
 from ..method import Batch, PairOptions
 from ..rng import Rng, mix
-from ..solvers import sample, solver_named, start_noise
+from ..solvers import sample, solver_named, start_noise, steps_of
 from ..tasks.base import Task, epoch_rows
 from .processes import gather, world
 from .store import load_state, save_state
@@ -47,10 +47,7 @@ class Pairs:
         watch: Callable[[int], None] | None = None,
     ) -> None:
         solver = solver_named(options.solver)
-        steps = solver.steps_for(options.nfe)
-        if steps is None:
-            raise ValueError(f"{options.solver} cannot make exactly {options.nfe} calls: take {options.nfe + 1}")
-        times = grid(teacher.path, steps, options.grid)
+        times = grid(teacher.path, steps_of(solver, options.nfe), options.grid)
         facts = {
             "teacher": teacher_hash,
             "options": options.model_dump(),
