@@ -195,8 +195,12 @@ def game(machine: Machine, entry: Any, net: Callable[..., nn.Module]) -> Any:
     kind = entry.thing
     flow = kind.flow_map
     teacher = denoiser(False, 0, "x0")
-    student = Student(denoiser(flow, 1, "flow" if flow else "x0"), (4, 8, 8), classes=10)
-    method = kind(teacher, student, kind.Options()).to(machine.device).train()
+    options = kind.Options()
+    made = kind.student_options(options, teacher.path)
+    student = Student(denoiser(flow, 1, "flow" if flow else "x0"), (4, 8, 8), classes=10, **made)
+    method = kind(teacher, student, options).to(machine.device).train()
+    if getattr(options, "backtrack", None) is not None:
+        method.step = 10_000  # behind the steps in which its student stands still
     with torch.no_grad():
         for player in method.players:  # copies of the teacher pull nowhere
             for value in getattr(method, player).parameters():
