@@ -6,13 +6,13 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from command import one_line
 
 from fewstep import cli, jobs
-from fewstep.cli import app, main
+from fewstep.cli import app
 from fewstep.errors import Failed, Interrupted, MissingExtra, Refused
 
 COMMANDS = [
@@ -31,32 +31,6 @@ COMMANDS = [
     "check",
     "doctor",
 ]
-
-
-@dataclass
-class Answer:
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def fewstep(capsys, tmp_path, monkeypatch):
-    """Run a command line in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> Answer:
-        capsys.readouterr()
-        code = main(arguments)
-        return Answer(code, *capsys.readouterr())
-
-    return run
-
-
-def one_line(answer: Answer) -> str:
-    assert answer.err.startswith("fewstep: ") and answer.err.count("\n") == 1, answer.err
-    assert answer.out == ""
-    return answer.err
 
 
 def test_the_commands_are_those_of_the_design_in_the_order_of_the_work(fewstep):

@@ -8,43 +8,15 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from command import one_line
 
-from fewstep.cli import main
 from fewstep.interop.teacher import packaged
 from fewstep.solvers import SolverPlan, StepPlan, recommended
 
-
-@dataclass
-class Answer:
-    code: int
-    out: str
-    err: str
-
-
-def one_line(answer: Answer) -> str:
-    assert answer.err.startswith("fewstep: ") and answer.err.count("\n") == 1, answer.err
-    assert answer.out == ""
-    return answer.err
-
-
 SMALL = ["--starts", "4", "--budget", "4", "--how", "evolution", "--device", "cpu", "--threads", "1"]
-
-
-@pytest.fixture
-def fewstep(capsys, tmp_path, monkeypatch):
-    """Run a command line in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> Answer:
-        capsys.readouterr()
-        code = main(arguments)
-        return Answer(code, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -682,7 +682,6 @@ def test_what_cannot_be_done_is_refused_in_one_line(case):
     assert "\n" not in str(found.value)
 
 
-@pytest.mark.skipif("skip" not in StepPlan.model_fields, reason="plans leave no blocks out")
 def test_a_plan_that_leaves_blocks_out_is_refused():
     plan = {"levels": [None, 0.0], "steps": [{}, {"skip": ["blocks.1"]}]}
     with pytest.raises(Refused, match="leaves blocks of the network out"):
