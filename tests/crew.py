@@ -61,6 +61,7 @@ METHODS = {
         "name": "dmd2",
         "options": {"critic_turns": 1, "gan": GAN, "divergence": "jensen_shannon", "steps": 2},
     },
+    "phased": {"name": "phased_dmd", "options": {"critic_turns": 2, "steps": 2, "phase": 2}},
     "consistency": {"name": "consistency", "options": {"target_decay": 0.5}},
     "meanflow": {"name": "meanflow", "options": {"derivative": "difference", "jumps": 0.3}},
 }

@@ -159,7 +159,8 @@ class _Around(Denoiser):
 class Guided(_Around):
     """Classifier-free guidance, ``D(negative) + scale (D(cond) - D(negative))``, in one batched call.
 
-    ``negative`` gives the negative condition for a condition (a negative prompt, say); None asks ``inner.null``.
+    ``scale`` is a number, or one for each row [batch]. ``negative`` gives the negative condition for a condition (a
+    negative prompt, say); None asks ``inner.null``.
     ``interval`` are the times (low, high] in which guidance is on; outside it costs nothing and does nothing.
     scale = 1 is no guidance (Ho & Salimans 2022, in the convention of most code). ``rescale`` in [0, 1] is the share
     in which the guided guess of x0 gets back the standard deviation, row by row, of the guess for the condition
@@ -169,8 +170,8 @@ class Guided(_Around):
 
     def __init__(
         self,
-        inner: Denoiser,
-        scale: float,
+        inner: Any,
+        scale: float | Tensor,
         negative: Callable[[Cond], Cond] | None = None,
         interval: tuple[float, float] | None = None,
         rescale: float = 0.0,
@@ -182,7 +183,8 @@ class Guided(_Around):
         self.negative = inner.null if negative is None else negative
 
     def forward(self, x: Tensor, t: Time, cond: Cond = None, want: str = "x0", s: Time | None = None) -> Any:
-        if self.scale == 1 or want == "features":
+        each = isinstance(self.scale, Tensor)
+        if want == "features" or not each and self.scale == 1:
             return self.inner(x, t, cond, want, s)
         strength: float | Tensor = self.scale - 1
         if self.interval is not None:
@@ -191,7 +193,9 @@ class Guided(_Around):
                 if not low < t <= high:
                     return self.inner(x, t, cond, want, s)
             else:
-                strength = column(((t > low) & (t <= high)).to(x.dtype) * (self.scale - 1), x)
+                strength, each = ((t > low) & (t <= high)).to(x.dtype) * strength, True
+        if each:
+            strength = column(torch.as_tensor(strength), x)
         twice = torch.cat([x, x])
         times = torch.cat([t, t]) if isinstance(t, Tensor) and t.ndim else t
         later = torch.cat([s, s]) if isinstance(s, Tensor) and s.ndim else s

@@ -88,9 +88,12 @@ def stopped_pull(x: Tensor, direction: Tensor) -> Tensor:
     return (direction.detach() * x).flatten(1).mean(1)
 
 
-def batch_mean(value: Tensor) -> Tensor:
-    """The mean over the whole batch, over all processes: the only way to a batch statistic."""
-    mean = value.mean()
+def batch_mean(value: Tensor, each: bool = False) -> Tensor:
+    """The mean over the whole batch, over all processes: the only way to a batch statistic.
+
+    ``each``: of [batch, ...] one for each place of a row, instead of one for all.
+    """
+    mean = value.mean(0) if each else value.mean()
     return _reduce[-1](mean) if _reduce else mean
 
 

@@ -130,6 +130,11 @@ class Method(nn.Module, ABC):
         return cls.needs_data
 
     @classmethod
+    def handovers(cls, options: Any, path: Any) -> tuple[float, ...]:
+        """Times, falling, at which the student's next network takes over; none where one network does all."""
+        return ()
+
+    @classmethod
     def student_options(cls, options: Any, path: Any) -> dict[str, Any]:
         """Where this method's student starts and which step counts it serves: arguments of Student."""
         return {}

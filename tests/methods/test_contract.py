@@ -11,6 +11,7 @@ from fewstep.path import NoiseSampler
 from fewstep.registry import METHODS, Paper
 from fewstep.rng import Rng
 from fewstep.student import Student
+from fewstep.train.build import divided
 
 UNIFORM = NoiseSampler(low=0.02, high=0.98)
 SETTINGS = {
@@ -24,6 +25,7 @@ SETTINGS = {
     ],
     "disback": [{"backtrack": {"states": 2, "every": 1, "interval": 1}}],
     "f_distill": [{"divergence": "forward_kl"}],
+    "phased_dmd": [{"phase": 2, "gan": GanOptions()}, {"steps": 3, "phases": 3, "phase": 2, "match_weight": "score"}],
     "meanflow": [{"derivative": "difference", "step": 1e-2}],
     "uni_instruct": [{"divergence": "jensen_shannon", "ratio_gradient": "paper"}, {"ratio_gradient": "weight"}],
 }
@@ -40,6 +42,8 @@ def made(entry, options, seed=0):
     reads_s = entry.name == "meanflow"
     net = mlp(classes=3, reads_s=reads_s, prediction="flow" if reads_s else "x0", seed=seed + 1)
     given = entry.thing.Options(**options)
+    if edges := entry.thing.handovers(given, net.path):
+        net = divided(net, edges)
     student = Student(net, (2,), classes=3, **entry.thing.student_options(given, net.path))
     method = entry.thing(teacher, student, given)
     method.step = 10_000 if entry.name == "disback" else 0  # behind the steps in which its student stands still

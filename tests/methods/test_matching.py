@@ -126,6 +126,23 @@ def test_where_the_weight_is_one_both_losses_are_the_same_at_a_half():
         assert (other - wanted).norm() > 0.05 * wanted.norm()
 
 
+def test_the_papers_correction_has_the_coefficients_that_its_code_is_read_to_have():
+    """``2 r^2 / (1 + r)^3 |y| y`` for Jensen-Shannon, ``4 r^2 |y| y`` for chi-squared, nothing for forward KL."""
+    x_t, clean, fake, real = torch.randn(4, 5, 2, generator=seeded(0), dtype=torch.float64)
+    r, y = torch.linspace(0.2, 3, 5, dtype=torch.float64), fake - real
+
+    def push(name):
+        at = x_t.clone().requires_grad_()
+        rows = weighted_fisher(at, clean, fake, real, r, name, "paper") * DIVERGENCES[name](r).mean()
+        (found,) = torch.autograd.grad(rows.sum(), at, allow_unused=True)
+        return 2 * found  # the loss is half of E h ||y||^2
+
+    size = y.norm(dim=1, keepdim=True)
+    assert push("forward_kl").abs().max() == 0
+    assert torch.allclose(push("chi2"), (4 * r**2)[:, None] * size * y)
+    assert torch.allclose(push("jensen_shannon"), -(2 * r**2 / (1 + r) ** 3)[:, None] * size * y)
+
+
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_every_slope_is_the_derivative_of_its_weight(name):
     ratio = torch.logspace(-2, 2, 41, dtype=torch.float64)
@@ -333,6 +350,52 @@ def test_swiftbrush_guides_teacher_and_critic_alike_and_weighs_by_alpha_sigma():
     wanted = gradients((x * direction).mean(), student)
     assert all(torch.allclose(g, wanted[k], rtol=1e-9) for k, g in gradients(found, student).items())
     assert not SwiftBrush.reads_data(SwiftBrushOptions())
+
+
+def test_a_row_guided_at_its_own_scale_is_the_row_guided_at_that_scale_alone():
+    net = mlp(classes=3, dtype=torch.float64)
+    x, label = torch.randn(3, 2, generator=seeded(0), dtype=torch.float64), torch.tensor([0, 1, 2])
+    t, scales = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64), torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)
+    rows = Guided(net, scales)(x, t, label)
+    inside = Guided(net, scales, interval=(0.3, 0.95))(x, t, label)
+    for k, scale in enumerate(scales.tolist()):
+        one = slice(k, k + 1)
+        assert torch.allclose(rows[one], Guided(net, scale)(x[one], t[one], label[one]))
+        assert torch.allclose(inside[one], Guided(net, scale if k else 1.0)(x[one], t[one], label[one]))
+
+
+def test_random_guidance_is_one_scale_a_row_for_both_networks_and_its_mean_pull_is_the_mean_of_fixed_ones():
+    """PG-SB: the pull is linear in the scale, so that drawing it evenly gives the pull at the middle on average."""
+    teacher, critic = mlp(classes=3, dtype=torch.float64), mlp(classes=3, seed=2, dtype=torch.float64)
+    student = Student(mlp(classes=3, seed=1, dtype=torch.float64), (2,), classes=3)
+    z, eps = torch.randn(2, 6, 2, generator=seeded(0), dtype=torch.float64)
+    label = torch.tensor([0, 1, 2, 0, 1, 2])
+
+    def pull(uniforms, **options):
+        game = SwiftBrush(teacher, student, SwiftBrushOptions(levels=FIXED, **options), critic=critic)
+        loss = game.loss("student", Batch(z, label, z), Script(normals=[eps], uniforms=[0.5, *uniforms])).total
+        return torch.cat([g.flatten() for g in gradients(loss, student).values()])
+
+    low, high = pull([], guidance=2.0), pull([], guidance=5.0)
+    ends = [pull([u], guidance=2.0, guidance_to=5.0) for u in (0.0, 1.0)]
+    assert torch.allclose(ends[0], low) and torch.allclose(ends[1], high)
+    mixed = pull([[0.0, 1.0, 0.0, 1.0, 0.0, 1.0]], guidance=2.0, guidance_to=5.0)
+    other = pull([[1.0, 0.0, 1.0, 0.0, 1.0, 0.0]], guidance=2.0, guidance_to=5.0)
+    assert torch.allclose((mixed + other) / 2, (low + high) / 2)
+    assert not torch.allclose(mixed, other, rtol=1e-3)
+    with pytest.raises(ValueError, match="above guidance 4.5, got 2"):
+        SwiftBrush(teacher, student, SwiftBrushOptions(guidance_to=2.0))
+
+
+def test_a_guided_critic_is_entered_by_the_players_own_call():
+    """Sharding and compilation hook into calls: a network that is reached past its player would run without them."""
+    teacher = mlp(classes=3)
+    game = SwiftBrush(teacher, Student(mlp(classes=3, seed=1), (2,), classes=3), SwiftBrushOptions(critic_lora="off"))
+    calls = []
+    game.critic.register_forward_hook(lambda *_: calls.append(1))
+    for player in game.players:
+        game.loss(player, batch_of(4, classes=3), Rng(0))
+    assert calls == [1, 1]
 
 
 def test_swiftbrush_with_exact_scores_reaches_a_gaussian_and_without_a_critic_loses_its_spread():

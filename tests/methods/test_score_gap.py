@@ -1,6 +1,7 @@
 """Distribution matching, exactly: expectations over sigma points and grids, in float64."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -10,7 +11,18 @@ from laws import seeded, spd
 from fewstep.losses import stopped_pull
 from fewstep.method import Batch
 from fewstep.methods.dmd2 import DMD2, DMD2Options
-from fewstep.methods.families.score_gap import DIVERGENCES, F_OF_RATIO, fisher, gap, one_in, ratio_of, ratio_weight
+from fewstep.methods.families.score_gap import (
+    DIVERGENCES,
+    F_OF_RATIO,
+    SLOPES,
+    Divergence,
+    RatioBins,
+    fisher,
+    gap,
+    one_in,
+    ratio_of,
+    ratio_weight,
+)
 from fewstep.path import Exploding, NoiseSampler, Straight, Trigonometric, VariancePreserving
 from fewstep.rng import Rng
 from fewstep.teachers import Gaussian
@@ -193,7 +205,7 @@ def on_a_grid(name, t, weight=None, sign=1.0):
 
 @pytest.mark.parametrize("t", [0.3, 0.5, 0.8])
 @pytest.mark.parametrize(
-    "name", ["reverse_kl", "forward_kl", "jensen_shannon", "softened_rkl", "jeffreys", "hellinger"]
+    "name", ["reverse_kl", "forward_kl", "jensen_shannon", "softened_rkl", "jeffreys", "hellinger", "chi2", "neyman"]
 )
 def test_the_weighted_gap_is_the_gradient_of_its_divergence(name, t):
     wanted, found = on_a_grid(name, t)
@@ -220,6 +232,42 @@ def test_a_weight_holds_an_extreme_logit_to_its_bound_and_carries_no_gradient():
     assert not weight.requires_grad
     assert weight[0] == weight[1]
     assert weight[2] == weight[3]
+
+
+def test_all_eight_weights_of_the_paper_are_there():
+    assert len(DIVERGENCES) == 8
+    assert set(DIVERGENCES) == set(SLOPES) == set(F_OF_RATIO) == set(get_args(Divergence))
+
+
+def test_a_ratio_is_divided_by_the_running_mean_of_its_bin_which_a_loss_alone_does_not_move():
+    bins = RatioBins(2, decay=0.75)
+    level = torch.tensor([0.1, 0.2, 0.9, 1.0])
+    first = torch.tensor([1.0, 3.0, 8.0, 2.0])
+    assert torch.allclose(bins(first, level), first / torch.tensor([2.0, 2.0, 5.0, 5.0]))
+    assert torch.equal(bins.mean, torch.zeros(2))
+    bins.settle()
+    assert bins.mean.tolist() == [2.0, 5.0]
+    second, low = torch.tensor([6.0, 10.0]), torch.tensor([0.0, 0.3])
+    assert torch.allclose(bins(second, low), second / (0.75 * 2 + 0.25 * 8))
+    bins.settle()
+    assert bins.mean.tolist() == [3.5, 5.0]  # a bin that nobody stood in stays
+    alone = RatioBins(2, decay=0.0)
+    for ratio in (first, 7 * first):  # without memory every bin has mean 1
+        divided = alone(ratio, level)
+        assert torch.allclose(divided.view(2, 2).mean(1), torch.ones(2))
+        alone.settle()
+
+
+def test_an_adversary_that_is_off_by_a_factor_at_each_level_weighs_rows_as_one_that_is_right():
+    """What the bins are for: the mean of p_teacher / p_student over the student's samples is 1 at every level."""
+    rng = seeded(0)
+    t = torch.rand(40_000, generator=rng)
+    x = torch.randn(40_000, generator=rng)
+    right = torch.exp(0.5 * x - 0.125)  # N(0.5, 1) over N(0, 1)
+    wrong = right * torch.exp(3 * torch.floor(10 * t) / 10)
+    found = RatioBins(10, 0.0)(wrong, t)
+    assert (found / right - 1).abs().max() < 0.05
+    assert (ratio_weight("forward_kl", wrong) / ratio_weight("forward_kl", right) - 1).abs().max() > 1
 
 
 def test_one_in_a_thousand_is_rare_and_one_in_one_is_always():

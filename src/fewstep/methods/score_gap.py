@@ -45,6 +45,10 @@ DisBackOptions = variant(MatchingOptions, "DisBackOptions", backtrack=BacktrackO
 TDMOptions = variant(
     MatchingOptions, "TDMOptions", critic_turns=1, steps=4, stop="next", levels=NoiseSampler(kind="uniform", high=0.99)
 )
+PhasedDMDOptions = variant(
+    MatchingOptions, "PhasedDMDOptions", steps=4, phases=2, levels=UNIFORM, critic_levels=UNIFORM
+)
+IKLOptions = variant(MatchingOptions, "IKLOptions", critic_turns=1, match_weight="none", levels=UNIFORM)
 
 
 @method(
@@ -124,3 +128,28 @@ class DisBack(Matching):
     """Distribution backtracking: the way from the student's law to the teacher's is recorded, then walked back."""
 
     Options = DisBackOptions
+
+
+@method(
+    "phased_dmd",
+    Paper("2510.27684", "Phased DMD: Few-step Distribution Matching Distillation via Score Matching within "
+          "Subintervals", "Phased DMD"),
+    level="exact",
+)  # fmt: skip
+class PhasedDMD(Matching):
+    """Several networks share the steps: each brings the law at its last noise level to the teacher's, then the next."""
+
+    Options = PhasedDMDOptions
+
+
+@method(
+    "ikl",
+    Paper("2305.18455", "Diff-Instruct: A Universal Approach for Transferring Knowledge From Pre-trained Diffusion "
+          "Models", "Diff-Instruct"),
+    Paper("2406.05551", "Autoregressive Diffusion Transformer for Text-to-Speech Synthesis", "ARDiT"),
+    level="exact",
+)  # fmt: skip
+class IKL(Matching):
+    """Integral KL: the divergence of noised laws, over all levels; with ``blocks`` of each block given its past."""
+
+    Options = IKLOptions

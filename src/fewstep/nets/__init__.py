@@ -9,6 +9,7 @@ from pydantic import Field, TypeAdapter
 
 from .base import Net, NetConfig
 from .dit import DiT, DiTConfig
+from .experts import Experts, ExpertsConfig
 from .heads import FeatureHead
 from .mlp import MLP, MLPConfig
 from .unet import UNet, UNetConfig
@@ -17,6 +18,8 @@ __all__ = [
     "MLP",
     "DiT",
     "DiTConfig",
+    "Experts",
+    "ExpertsConfig",
     "FeatureHead",
     "MLPConfig",
     "Net",
@@ -30,7 +33,7 @@ __all__ = [
 MOST = 2**30
 """Parameters of one network of this package."""
 
-AnyConfig = Annotated[UNetConfig | MLPConfig | DiTConfig, Field(discriminator="kind")]
+AnyConfig = Annotated[UNetConfig | MLPConfig | DiTConfig | ExpertsConfig, Field(discriminator="kind")]
 
 
 def config_of(description: dict[str, Any] | NetConfig) -> NetConfig:
@@ -62,4 +65,6 @@ def _build(config: NetConfig) -> Net:
         return DiT(config)
     if isinstance(config, MLPConfig):
         return MLP(config)
+    if isinstance(config, ExpertsConfig):
+        return Experts(config, [_build(config.net) for _ in range(len(config.edges) + 1)])
     raise ValueError(f"unknown network kind {config.kind!r}")

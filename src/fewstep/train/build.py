@@ -6,18 +6,20 @@ import copy
 import importlib.util
 import inspect
 import sys
+from collections.abc import Sequence
 from pathlib import Path as File
 from types import ModuleType
 from typing import Any, cast
 
+import torch
 from pydantic import ValidationError
 from torch import nn
 
-from ..adapters import adopt, attach, learn, share, shared
-from ..denoiser import Denoiser, Reframed, Wrapped
+from ..adapters import adopt, attach, learn, share, shared, twin
+from ..denoiser import Denoiser, Reframed, Wrapped, clock_of
 from ..errors import Refused
 from ..method import Method
-from ..nets import Net, build
+from ..nets import Experts, ExpertsConfig, Net, build
 from ..path import Path, Straight
 from ..registry import METHODS
 from ..student import Student
@@ -104,6 +106,9 @@ def make_student(recipe: Recipe, task: Task, teacher: Denoiser | None, shape: tu
         denoiser = _reading_spans(denoiser)
     if cls.straight:
         denoiser = straightened(denoiser)
+    edges = cls.handovers(options, denoiser.path)
+    if edges:
+        denoiser = divided(denoiser, edges)
     if section.lora is not None:
         try:
             attach(denoiser, section.lora)
@@ -123,8 +128,6 @@ def make_student(recipe: Recipe, task: Task, teacher: Denoiser | None, shape: tu
 
 def even_times(path: Path, count: int, start: float) -> tuple[float, ...]:
     """``count`` times from ``start`` down, even on the rho = 7 grid."""
-    import torch
-
     from ..path import karras_time
 
     parts = torch.linspace(1, 0, count + 1, dtype=torch.float64)[:-1]
@@ -164,6 +167,21 @@ def straightened(denoiser: Denoiser) -> Denoiser:
     if isinstance(denoiser.path, Straight):
         return denoiser
     return Reframed(denoiser, Straight(end=float(denoiser.path.straight(denoiser.path.t_max))))
+
+
+def divided(denoiser: Denoiser, edges: Sequence[float]) -> Denoiser:
+    """The same denoiser with a network of its own between each two of the falling times ``edges``; all start alike."""
+    wrapped = inner_of(denoiser)
+    net = wrapped.net
+    if not isinstance(net, Net):
+        raise Refused(
+            f"this method trains {len(edges) + 1} networks, and a pipeline holds one {type(net).__name__}: "
+            "take a teacher whose network is one of fewstep.nets, or tdm, which trains one for all steps"
+        )
+    at = clock_of(wrapped.clock, wrapped.path, torch.tensor(edges, dtype=torch.float64))
+    config = ExpertsConfig(net=net.config, edges=tuple(at.tolist()))  # type: ignore[arg-type]
+    wrapped.net = Experts(config, [net, *(twin(net) for _ in edges)])
+    return denoiser
 
 
 def inner_of(denoiser: Any) -> Any:

@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, Self
+from collections.abc import Sequence
+from typing import Any, Literal, Self, cast
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ...adapters import LoraOptions, adapted, options_of
-from ...cond import join
-from ...denoiser import Denoiser, Guided
+from ...adapters import LoraOptions, adapted, learn, options_of
+from ...cond import Cond, join
+from ...denoiser import Denoiser, Guided, clock_of
 from ...losses import distance, generator_loss, squared_error, stopped_pull
 from ...method import Batch, Loss, Method, PairOptions
 from ...part import Part
-from ...path import NoiseSampler, Path, karras_time, normal
-from ...rng import Source
+from ...path import NoiseSampler, Path, column, karras_time, normal
+from ...rng import Source, uniform
 from ...student import Student, frozen, trainable_copy
 from ..denoising import Weight, level_weight
+from .blocks import by_block, rng_of_blocks
 from .score_gap import (
     Adversary,
     Anchor,
     Divergence,
     GanOptions,
+    RatioBins,
     RatioGradient,
     Stop,
     error_size,
     fisher,
     gap,
     one_in,
+    phase_of,
     ratio_of,
     ratio_weight,
     rollout,
@@ -61,15 +65,24 @@ class MatchingOptions(Part):
     fisher_a: float = Field(
         1.0, ge=0, le=2, description="of squared distances: 0.5 all of the gradient, 1 with the density held, 1.2 SiD"
     )
-    match_weight: Literal["error", "none", "noise"] = Field(
-        "error", description='of a row: "error" over the teacher\'s error (DMD), "noise" alpha sigma (SwiftBrush)'
+    match_weight: Literal["error", "none", "noise", "score"] = Field(
+        "error",
+        description='of a row: "error" over the teacher\'s error (DMD), "noise" alpha sigma (SwiftBrush), '
+        '"score" what makes it the gap of the scores themselves',
     )
     divergence: Divergence = Field("reverse_kl", description="others weigh by the adversary's density ratio")
     ratio_gradient: RatioGradient = Field(
         "weight", description='with "fisher" and another divergence: the ratio as a weight, or its exact gradient'
     )
     ratio_range: tuple[float, float] = Field((0.1, 20.0), description="the density ratio is held in it")
+    ratio_bins: int = Field(
+        0, ge=0, description="noise levels in so many bins, a ratio over its bin's mean (f-distill: 10); 0: off"
+    )
+    ratio_decay: float = Field(0.5, ge=0, lt=1, description="of the bins' running means; 0: of each batch alone")
     guidance: float = Field(1.0, ge=0, description="scale on the teacher's guess")
+    guidance_to: float | None = Field(
+        None, ge=0, description="a scale for each row, drawn evenly from guidance up to this (PG-SB); None: guidance"
+    )
     guide_critic: bool = Field(False, description="guide the critic's guess too, in the student's turn")
     gan: GanOptions | None = Field(None, description="an adversary on noised samples; None: off")
     backtrack: BacktrackOptions | None = Field(
@@ -91,6 +104,22 @@ class MatchingOptions(Part):
         "clean",
         description="laws are matched from a step's clean guess, or from the next time on the flow (TDM)",
     )
+    phases: int = Field(
+        0, ge=0, description="networks that share the steps, each learning in a stage of its own; 0: one for all"
+    )
+    phase: int = Field(1, ge=1, description="the one that learns, counted from the noisiest; earlier ones are still")
+    blocks: int = Field(
+        0,
+        ge=0,
+        description="a sample is so many blocks along its first axis, each matched on its own, given the clean ones "
+        "before it (ARDiT); 0: whole",
+    )
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> Self:
+        if self.phases and not self.phase <= self.phases <= self.steps:
+            raise ValueError(f"phase {self.phase} of {self.phases} in {self.steps} steps: phase <= phases <= steps")
+        return self
 
 
 class Critic(nn.Module):
@@ -102,6 +131,13 @@ class Critic(nn.Module):
 
     def forward(self, *args: Any) -> Any:
         return self.denoiser(*args)
+
+    @property
+    def path(self) -> Path:
+        return self.denoiser.path
+
+    def null(self, cond: Cond) -> Cond:
+        return self.denoiser.null(cond)
 
 
 class Matching(Method):
@@ -129,11 +165,12 @@ class Matching(Method):
         same_path(teacher.path, student)
         gan = self.options.gan
         self._check(student)
+        self._wake(student)
         denoiser = self._first_critic(teacher, student) if critic is None else critic
         reads = None if gan is None else denoiser if gan.on == "critic" else teacher
         adversary = None if gan is None or reads is None else Adversary(reads, student.shape, gan, student.classes)
         self.critic = Critic(denoiser, adversary)
-        self.real = self._guided(teacher)
+        self.bins = RatioBins(self.options.ratio_bins, self.options.ratio_decay) if self.options.ratio_bins else None
         between = self.options.backtrack.states - 1 if self.options.backtrack else 0
         self.way = nn.ModuleList(frozen(trainable_copy(denoiser)) for _ in range(between))
 
@@ -142,6 +179,10 @@ class Matching(Method):
         options = self.options
         if options.divergence != "reverse_kl" and options.gan is None:
             raise ValueError(f"divergence {options.divergence!r} needs the density ratio of an adversary: set gan")
+        if options.ratio_bins and options.divergence == "reverse_kl":
+            raise ValueError("ratio_bins divide the density ratio, and reverse_kl reads none: name another divergence")
+        if options.guidance_to is not None and not options.guidance_to > options.guidance:
+            raise ValueError(f"guidance_to must lie above guidance {options.guidance:g}, got {options.guidance_to:g}")
         if options.ratio_gradient != "weight" and options.gap != "fisher":
             raise ValueError(f"ratio_gradient {options.ratio_gradient!r} is of gap 'fisher', got {options.gap!r}")
         if options.gap == "fisher" and options.fisher_a != 1 and options.fisher_c > 0:
@@ -150,9 +191,40 @@ class Matching(Method):
             raise ValueError("stop 'next' is of a student that follows the flow between its steps, this one renoises")
         if options.stop == "next" and options.gan is not None:
             raise ValueError("stop 'next' has no clean samples for an adversary to see: leave gan off")
+        if options.blocks and options.pairs is not None:
+            raise ValueError("pairs are of whole samples, and blocks are made one by one: leave pairs out")
+        if options.phases and student.policy != "ode":
+            raise ValueError("phases are of a student that follows the flow between its steps, this one renoises")
+        if 0 < options.phase < options.phases and options.gan is not None:
+            raise ValueError(f"phase {options.phase} of {options.phases} has no clean samples: leave gan to the last")
+        if options.phases and options.phase > 1 and options.pairs is not None:
+            raise ValueError("pairs are of the first step, whose network stands still in later phases")
 
-    def _guided(self, denoiser: Any) -> Any:
-        return denoiser if self.options.guidance == 1 else Guided(denoiser, self.options.guidance)
+    def _wake(self, student: Student) -> None:
+        """Let the network of this phase learn alone; ValueError where the student's do not share its steps so."""
+        options = self.options
+        if not options.phases:
+            return
+        experts = experts_of(student.denoiser)
+        if options.phases == 1 and not experts:
+            return
+        asked = [experts.index(_asked(student, t)) for t in student.times(options.steps)] if experts else []
+        wanted = [k for k in range(options.phases) for _ in phase_of(options.steps, options.phases, k + 1)]
+        if asked != wanted:
+            raise ValueError(
+                f"{options.phases} phases in {options.steps} steps need a student of so many networks, one for the "
+                f"steps of each; its steps ask {asked or 'one network'}: make it with handovers()"
+            )
+        for k, expert in enumerate(experts):
+            if k == options.phase - 1:
+                learn(expert)
+            else:
+                expert.requires_grad_(False)
+
+    def _scale(self, x: Tensor, rng: Source) -> float | Tensor:
+        """The scale of guidance: one for all, or one for each row."""
+        low, high = self.options.guidance, self.options.guidance_to
+        return low if high is None else low + (high - low) * uniform(x, rng).to(x)
 
     def _first_critic(self, teacher: Any, student: Student) -> Denoiser:
         """The teacher again, as a copy or as adapters on its weights."""
@@ -162,6 +234,8 @@ class Matching(Method):
         first: Denoiser
         if lora is None or not learnt:
             first = trainable_copy(teacher if learnt else student.denoiser)
+            if experts := experts_of(first):  # a law's critic is a network of the student's, and one is enough
+                inner_of(first).net = experts[self.options.phase - 1]
         else:
             first = adapted(teacher, lora).train()
         return first
@@ -179,16 +253,16 @@ class Matching(Method):
         back = self.options.backtrack
         return 0 if back is None else math.ceil(back.states * back.every / self.options.critic_turns)
 
-    def _target(self) -> Any:
+    def _target(self, scale: float | Tensor = 1.0) -> Any:
         """Whom the student follows in this step; a network on the way is not guided: it has no use for conditions."""
         back = self.options.backtrack
-        if back is None:
-            return self.real
-        left = back.states - 1 - (self.step - self._still_steps()) // back.interval
-        return self.way[left - 1] if left > 0 else self.real
+        left = 0 if back is None else back.states - 1 - (self.step - self._still_steps()) // back.interval
+        return self.way[left - 1] if left > 0 else guided(self.teacher, scale)
 
     @torch.no_grad()
     def settle(self, step: int) -> tuple[nn.Parameter, ...]:
+        if self.bins is not None:
+            self.bins.settle()
         back = self.options.backtrack
         if back is not None and step < self._still_steps():
             before, after = (k * self.options.critic_turns // back.every for k in (step, step + 1))
@@ -207,11 +281,20 @@ class Matching(Method):
         options = self.options
         if player == "student" and self.step < self._still_steps():
             return Loss.mean({"still": batch.noise.new_zeros(1, requires_grad=True)})
-        anchor = rollout(self.student, batch.noise, batch.cond, rng, player == "student", options.steps, options.stop)
+        if options.blocks:
+            batch, rng = by_block(batch, options.blocks), rng_of_blocks(rng, options.blocks)
+        anchor = rollout(
+            self.student, batch.noise, batch.cond, rng, player == "student", options.steps, options.stop, self._steps()
+        )
         if player == "critic":
             return self._critic(anchor, batch, rng)
         with still(self.critic):
             return self._student(anchor, batch, rng)
+
+    def _steps(self) -> range | None:
+        """The steps of this phase."""
+        options = self.options
+        return phase_of(options.steps, options.phases, options.phase) if options.phases else None
 
     def _student(self, anchor: Anchor, batch: Batch, rng: Source) -> Loss:
         options, path, gan = self.options, self.student.path, self.options.gan
@@ -219,6 +302,7 @@ class Matching(Method):
         t = anchor.above(path, options.levels.on(path)(x, rng))
         noise = normal(x, rng)
         x_t, clean = anchor.noised(path, t, noise)
+        scale = self._scale(x, rng)
         parts: dict[str, Tensor] = {}
         weights = {"gan": gan.student, "pairs": options.pairs_weight} if gan else {"pairs": options.pairs_weight}
         adversary, ratio = self.critic.adversary, None
@@ -228,7 +312,7 @@ class Matching(Method):
             fake, features = self.critic(x_t, t, batch.cond, "both")
         else:
             with torch.set_grad_enabled(through):
-                fake = (self._guided(self.critic.denoiser) if options.guide_critic else self.critic)(x_t, t, batch.cond)
+                fake = guided(self.critic, scale if options.guide_critic else 1.0)(x_t, t, batch.cond)
         if adversary is not None:
             if not shared:
                 features = self._seen(x, t, noise, batch, rng)
@@ -236,8 +320,10 @@ class Matching(Method):
             parts["gan"] = generator_loss(logits)
             if options.divergence != "reverse_kl":
                 ratio = ratio_of(logits, *options.ratio_range)
+                if self.bins is not None:
+                    ratio = self.bins(ratio, path.straight(t))
         with torch.set_grad_enabled(through):
-            real = self._target()(x_t, t, batch.cond)
+            real = self._target(scale)(x_t, t, batch.cond)
         parts["match"] = self._match(anchor, x_t, clean, t, fake, real, ratio)
         if batch.target is not None and options.pairs is not None:
             first = (
@@ -253,11 +339,11 @@ class Matching(Method):
     ) -> Tensor:
         """The matching loss of each row."""
         options = self.options
-        noise = self.student.path.at(t, anchor.x) if options.match_weight == "noise" else None
+        factor = self._factor(anchor, t)
         if options.gap == "kl":
             direction = gap(anchor.guess, fake.detach(), real, options.match_weight == "error")
-            if noise is not None:
-                direction = noise.alpha * noise.sigma * direction
+            if factor is not None:
+                direction = column(factor, direction) * direction
             pull = stopped_pull(anchor.x, direction)
             return pull if ratio is None else ratio_weight(options.divergence, ratio) * pull
         if ratio is not None and options.ratio_gradient != "weight":
@@ -268,11 +354,24 @@ class Matching(Method):
                 loss = ratio_weight(options.divergence, ratio) * loss
             if options.fisher_c > 0:  # over its own length already
                 return loss
-        if noise is not None:
-            return (noise.alpha * noise.sigma).flatten() * loss
+        if factor is not None:
+            return factor * loss
         if options.match_weight == "error":
             return loss / error_size(anchor.guess, real).detach() / real[0].numel()
         return loss
+
+    def _factor(self, anchor: Anchor, t: Tensor) -> Tensor | None:
+        """The weight of each row that its level alone says: [batch]; None where there is none.
+
+        ``score``: ``alpha / sigma^2`` makes a gap of guesses one of scores; ``keep`` takes it back to the anchor.
+        """
+        kind, path = self.options.match_weight, self.student.path
+        if kind not in ("noise", "score"):
+            return None
+        coefs = path.coefs(t)
+        if kind == "noise":
+            return (coefs.alpha * coefs.sigma).to(anchor.x)
+        return (coefs.alpha / coefs.sigma**2).to(anchor.x) * anchor.keep(path, t).to(anchor.x)
 
     def _seen(self, x: Tensor, t: Tensor, noise: Tensor, batch: Batch, rng: Source) -> Any:
         """Features of fake samples as the adversary sees them, with a gradient to x."""
@@ -309,8 +408,16 @@ class Matching(Method):
 
     @classmethod
     def reads_data(cls, options: Any) -> bool:
-        """Only the adversary sees real samples."""
-        return options.gan is not None
+        """The adversary sees real samples, and a block the real ones before it."""
+        return options.gan is not None or options.blocks > 0
+
+    @classmethod
+    def handovers(cls, options: Any, path: Path) -> tuple[float, ...]:
+        if options.phases < 2:
+            return ()
+        times = cls.student_options(options, path)["steps"][options.steps]
+        firsts = [phase_of(options.steps, options.phases, k).start for k in range(2, options.phases + 1)]
+        return tuple((times[i - 1] + times[i]) / 2 for i in firsts)
 
     @classmethod
     def student_options(cls, options: Any, path: Path) -> dict[str, Any]:
@@ -321,6 +428,30 @@ class Matching(Method):
         if times is None:
             parts = torch.linspace(1, 0, options.steps + 1, dtype=torch.float64)[:-1]
             times = (start, *karras_time(path, parts, high=start)[1:].tolist())
-        if options.stop == "next":  # its first guess alone is no sample
+        if options.stop == "next" or options.phases:  # its first guess alone is no sample
             return {"start": start, "steps": {options.steps: tuple(times)}, "policy": "ode"}
         return {"start": start, "steps": {1: (start,), options.steps: tuple(times)}, "policy": "renoise"}
+
+
+def guided(denoiser: Any, scale: float | Tensor) -> Any:
+    """A denoiser, or a player that is called like one, under guidance; itself where there is none."""
+    return denoiser if not isinstance(scale, Tensor) and scale == 1 else Guided(denoiser, scale)
+
+
+def inner_of(denoiser: Any) -> Any:
+    """What is inside all wrappers."""
+    while hasattr(denoiser, "inner"):
+        denoiser = denoiser.inner
+    return denoiser
+
+
+def experts_of(denoiser: Any) -> Sequence[nn.Module]:
+    """The networks of a student that has several (``nets.Experts``); none for another."""
+    return list(getattr(getattr(inner_of(denoiser), "net", None), "experts", ()))
+
+
+def _asked(student: Student, t: float) -> nn.Module:
+    """The network of a student of several that answers at t."""
+    inner = inner_of(student.denoiser)
+    time = clock_of(inner.clock, inner.path, torch.tensor([t], dtype=torch.float64))
+    return cast(nn.Module, inner.net.asked(time))

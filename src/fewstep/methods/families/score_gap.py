@@ -25,7 +25,9 @@ from ...path import Coefs, NoiseSampler, Path, column, normal
 from ...rng import Rng, Source
 from ...student import Student
 
-Divergence = Literal["reverse_kl", "forward_kl", "jensen_shannon", "softened_rkl", "jeffreys", "hellinger", "chi2"]
+Divergence = Literal[
+    "reverse_kl", "forward_kl", "jensen_shannon", "softened_rkl", "jeffreys", "hellinger", "chi2", "neyman"
+]
 
 # h(r) = r^2 f''(r) of D_f = E_student[f(r)], r = p_teacher / p_student
 DIVERGENCES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -36,6 +38,7 @@ DIVERGENCES: dict[str, Callable[[Tensor], Tensor]] = {
     "jeffreys": lambda r: 1 + r,
     "hellinger": lambda r: torch.sqrt(r) / 2,
     "chi2": lambda r: 2 * r**2,
+    "neyman": lambda r: 1 / r,
 }
 
 # h'(r)
@@ -47,6 +50,7 @@ SLOPES: dict[str, Callable[[Tensor], Tensor]] = {
     "jeffreys": torch.ones_like,
     "hellinger": lambda r: 1 / (4 * torch.sqrt(r)),
     "chi2": lambda r: 4 * r,
+    "neyman": lambda r: -1 / r**2,
 }
 
 # the f behind each h; tests differentiate them twice
@@ -58,6 +62,7 @@ F_OF_RATIO: dict[str, Callable[[Tensor], Tensor]] = {
     "jeffreys": lambda r: (r - 1) * torch.log(r),
     "hellinger": lambda r: 2 * (1 - torch.sqrt(r)),
     "chi2": lambda r: (r - 1) ** 2,
+    "neyman": lambda r: (1 / r - 1) / 2,
 }
 
 
@@ -73,6 +78,39 @@ def ratio_weight(divergence: str, ratio: Tensor) -> Tensor:
     """``h(r)`` of each row over its batch mean; no gradient."""
     weight = DIVERGENCES[divergence](ratio.detach())
     return weight / batch_mean(weight).clamp(min=1e-8)
+
+
+class RatioBins(nn.Module):
+    """Divides each row's density ratio by the running mean of its bin of noise levels (f-distill).
+
+    The mean of p_teacher / p_student over the student's samples is 1 at every level; an adversary's is not, and the
+    weights of one level must not drown those of another. Bins are even in ``Path.straight``. This batch counts for
+    ``1 - decay``; ``settle`` keeps what the last call found, so that a loss stays a function of its batch.
+    """
+
+    def __init__(self, count: int, decay: float) -> None:
+        super().__init__()
+        self.decay, self.found = decay, None
+        self.mean: Tensor
+        self.register_buffer("mean", torch.zeros(count))  # 0: nothing was seen there yet
+
+    found: Tensor | None
+
+    def forward(self, ratio: Tensor, level: Tensor) -> Tensor:
+        """The divided ratio; ratio, level in [0, 1]: [batch]."""
+        count = len(self.mean)
+        place = (level * count).long().clamp(0, count - 1)
+        inside = torch.nn.functional.one_hot(place, count).to(ratio)
+        share, total = batch_mean(torch.stack([inside, inside * ratio.detach()[:, None]], 1), each=True)
+        now, old = total / share.clamp(min=1e-12), self.mean.to(ratio)
+        mixed = torch.where(old > 0, self.decay * old + (1 - self.decay) * now, now)
+        self.found = torch.where(share > 0, mixed, old)
+        return ratio / self.found[place]
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        if self.found is not None:
+            self.mean.copy_(self.found)
 
 
 def gap(x: Tensor, fake: Tensor, real: Tensor, normalise: bool = True) -> Tensor:
@@ -173,6 +211,10 @@ class Anchor(NamedTuple):
         _, added, _, there = self._between(path, t)
         return ((added / there.sigma) ** 2).to(t)
 
+    def keep(self, path: Path, t: Tensor) -> Tensor:
+        """``dx_t / dx_s = alpha_t / alpha_s`` of each row: [batch]."""
+        return (path.coefs(t).alpha / path.coefs(self.s).alpha).to(t)
+
     def above(self, path: Path, t: Tensor) -> Tensor:
         """Drawn times brought into (s, t_max], in proportion."""
         if self.s <= path.t_min:
@@ -190,22 +232,33 @@ Stop = Literal["clean", "next"]
 
 
 def rollout(
-    student: Student, noise: Tensor, cond: Cond, rng: Source, grad: bool, steps: int, stop: Stop = "clean"
+    student: Student,
+    noise: Tensor,
+    cond: Cond,
+    rng: Source,
+    grad: bool,
+    steps: int,
+    stop: Stop = "clean",
+    phase: range | None = None,
 ) -> Anchor:
     """A sample of the student, as it will be asked for one.
 
     With several steps one of them is drawn; the student's own earlier steps make its input without a
     gradient (backward simulation, DMD2 Sec. 4.5), so that training and use meet the same inputs. It stops at the
     ``clean`` guess of that step, or at the ``next`` time of a student that follows the flow (TDM, Sec. 4.1).
+    ``phase``: nothing is drawn; it stops where these steps of such a student end, and all of them carry a gradient
+    (Phased DMD).
     """
-    times = student.times(steps)
-    last = 0
-    if len(times) > 1:
-        shared = rng.shared if isinstance(rng, Rng) else rng
-        last = int(torch.randint(len(times), (1,), generator=shared, device=shared.device))
-    path, x = student.path, student.start_scale * noise
-    with torch.no_grad():
-        for i in range(last):
+    times, path, x = student.times(steps), student.path, student.start_scale * noise
+    if phase is not None:
+        first, last, stop = phase.start, phase.stop - 1, "next"
+    else:
+        first = last = 0
+        if len(times) > 1:
+            shared = rng.shared if isinstance(rng, Rng) else rng
+            first = last = int(torch.randint(len(times), (1,), generator=shared, device=shared.device))
+    for i in range(last):
+        with torch.set_grad_enabled(grad and i >= first):
             if student.policy == "renoise":
                 x = path.corrupt(student(x, times[i], path.t_min, cond), times[i + 1], normal(x, rng))
             else:
@@ -217,6 +270,15 @@ def rollout(
         t, s = times[last], times[last + 1]
         slope = student(x, t, s, cond, path.slope)
         return Anchor(path.move(x, slope, t, s), s, path.convert(slope, x, t, path.slope, "x0"))
+
+
+def phase_of(steps: int, phases: int, phase: int) -> range:
+    """The steps of one of a number of phases, counted from 1: as even as can be.
+
+    >>> [list(phase_of(5, 2, k)) for k in (1, 2)]
+    [[0, 1], [2, 3, 4]]
+    """
+    return range(steps * (phase - 1) // phases, steps * phase // phases)
 
 
 class GanOptions(Part):
