@@ -9,6 +9,7 @@ from fewstep import jobs
 from fewstep.denoiser import Denoiser, Wrapped
 from fewstep.errors import Interrupted, Refused
 from fewstep.interop import check_student, load_student
+from fewstep.jobs.training import _inherit
 from fewstep.method import Batch
 from fewstep.methods.families.matching import experts_of
 from fewstep.methods.families.score_gap import Anchor, phase_of, rollout
@@ -17,8 +18,9 @@ from fewstep.nets import Experts, ExpertsConfig, MLPConfig
 from fewstep.path import Exploding, NoiseSampler, Straight
 from fewstep.rng import Rng
 from fewstep.student import Student
+from fewstep.tasks import task_named
 from fewstep.teachers import Gaussian
-from fewstep.train.build import divided
+from fewstep.train.build import divided, make_student
 from fewstep.train.recipe import recipe_from
 from fewstep.train.trainer import Nobody
 
@@ -263,3 +265,26 @@ def test_a_run_phase_by_phase_resumes_saves_and_loads_with_all_its_networks(tmp_
     assert check.ok and check.steps == (4,)
     card = (whole / "student" / "README.md").read_text()
     assert "plain diffusers cannot run it" in card
+
+
+def test_phases_go_on_from_one_network_that_another_method_trained():
+    one, several = Student(mlp(), (2,)), Student(divided(mlp(seed=1), (0.5,)), (2,))
+    _inherit(several, one)
+    first, second = experts_of(several.denoiser)
+    for expert in (first, second):
+        assert all(torch.equal(v, one.denoiser.net.state_dict()[k]) for k, v in expert.state_dict().items())
+    with pytest.raises(Refused, match="none of its weights fits"):
+        _inherit(one, several)
+
+
+def test_adapters_of_several_networks_stand_on_one_set_of_weights():
+    made = recipe(student={"lora": {"rank": 2, "targets": "all"}}, teacher={"source": "digits"},
+                  task={"name": "digits"}, stages=[])  # fmt: skip
+    teacher = mlp(width=8)
+    student = make_student(made, task_named("mixture"), teacher, (2,))
+    first, second = experts_of(student.denoiser)
+    assert first.out.weight is second.out.weight is teacher.net.out.weight
+    assert first.out.lora_up is not second.out.lora_up
+    PhasedDMD(teacher, student, PhasedDMDOptions(phase=2))
+    assert {name.split(".")[3] for name, p in student.named_parameters() if p.requires_grad} == {"1"}
+    assert not teacher.net.out.weight.requires_grad

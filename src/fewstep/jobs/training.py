@@ -16,6 +16,7 @@ import torch
 from .. import __version__
 from ..adapters import own
 from ..errors import Refused
+from ..nets import Experts
 from ..rng import Rng, mix
 from ..student import Student
 from ..tasks.base import Task
@@ -134,8 +135,10 @@ def _learn(
 def _inherit(fresh: Student, old: Student) -> None:
     """Take over the weights that fit by name and shape; ValueError where none does."""
     mine, theirs = inner_of(fresh.denoiser), inner_of(old.denoiser)
-    places = own(mine.net)
-    fitting = {k: v for k, v in theirs.net.state_dict().items() if k in places and places[k].shape == v.shape}
+    places, state = own(mine.net), theirs.net.state_dict()
+    if isinstance(mine.net, Experts) and not isinstance(theirs.net, Experts):  # one network becomes all of them
+        state = {f"experts.{k}.{name}": v for k in range(len(mine.net.experts)) for name, v in state.items()}
+    fitting = {k: v for k, v in state.items() if k in places and places[k].shape == v.shape}
     if not fitting:
         raise Refused("the student to go on from has another network: none of its weights fits")
     mine.net.load_state_dict(fitting, strict=False)
