@@ -24,9 +24,10 @@ SETTINGS = {
         {"guidance": 2.0, "gan": GanOptions(levels=UNIFORM, r1=1.0, r1_kind="difference")},
     ],
     "disback": [{"backtrack": {"states": 2, "every": 1, "interval": 1}}],
-    "f_distill": [{"divergence": "forward_kl"}],
+    "f_distill": [{"divergence": "forward_kl"}, {"divergence": "neyman", "ratio_bins": 4}],
     "phased_dmd": [{"phase": 2, "gan": GanOptions()}, {"steps": 3, "phases": 3, "phase": 2, "match_weight": "score"}],
     "meanflow": [{"derivative": "difference", "step": 1e-2}],
+    "swiftbrush": [{"guidance": 2.0, "guidance_to": 5.0}],
     "uni_instruct": [{"divergence": "jensen_shannon", "ratio_gradient": "paper"}, {"ratio_gradient": "weight"}],
 }
 CASES = [(entry, options) for entry in METHODS for options in ({}, *SETTINGS.get(entry.name, []))]

@@ -133,7 +133,7 @@ class DisBack(Matching):
 @method(
     "phased_dmd",
     Paper("2510.27684", "Phased DMD: Few-step Distribution Matching Distillation via Score Matching within "
-          "Subintervals", "Phased DMD"),
+          "Subintervals", "PhasedDMD"),
     level="exact",
 )  # fmt: skip
 class PhasedDMD(Matching):
