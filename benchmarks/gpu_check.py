@@ -49,6 +49,7 @@ from fewstep.registry import METHODS
 from fewstep.rng import Rng
 from fewstep.student import Student
 from fewstep.tasks.base import Split, Task
+from fewstep.train.build import divided
 from fewstep.train.recipe import Recipe
 from fewstep.train.trainer import Player
 
@@ -197,7 +198,10 @@ def game(machine: Machine, entry: Any, net: Callable[..., nn.Module]) -> Any:
     teacher = denoiser(False, 0, "x0")
     options = kind.Options()
     made = kind.student_options(options, teacher.path)
-    student = Student(denoiser(flow, 1, "flow" if flow else "x0"), (4, 8, 8), classes=10, **made)
+    own = denoiser(flow, 1, "flow" if flow else "x0")
+    if edges := kind.handovers(options, own.path):
+        own = divided(own, edges)
+    student = Student(own, (4, 8, 8), classes=10, **made)
     method = kind(teacher, student, options).to(machine.device).train()
     if getattr(options, "backtrack", None) is not None:
         method.step = 10_000  # behind the steps in which its student stands still
