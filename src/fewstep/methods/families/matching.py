@@ -19,6 +19,7 @@ from ...path import NoiseSampler, Path, karras_time, normal
 from ...rng import Source
 from ...student import Student, frozen, trainable_copy
 from ..denoising import Weight, level_weight
+from .diagnosis import diagnose
 from .score_gap import (
     Adversary,
     Anchor,
@@ -165,6 +166,9 @@ class Matching(Method):
         else:
             first = adapted(teacher, lora).train()
         return first
+
+    def diagnose(self, batch: Batch, rng: Source) -> dict[str, Any]:
+        return diagnose(self, batch, rng)
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
