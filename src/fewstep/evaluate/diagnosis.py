@@ -133,9 +133,7 @@ def _warnings(looks: tuple[Look, ...]) -> Iterable[str]:
 def _of_the_game(game: Game) -> Iterable[str]:
     sure = [v for v in game.levels if v.behind is not None and v.behind_error is not None]
     false = [
-        v
-        for v in sure
-        if abs(v.behind or 0.0) > FALSE and abs(v.behind or 0.0) > FALSE + 2 * (v.behind_error or 0.0)
+        v for v in sure if abs(v.behind or 0.0) > FALSE and abs(v.behind or 0.0) > FALSE + 2 * (v.behind_error or 0.0)
     ]
     if len(false) > len(sure) / 2:
         yield (
@@ -190,7 +188,9 @@ def _variety(looks: list[Look]) -> tuple[str, str, Markup] | None:
         if len(points) > 1:
             frame.line(points, kind)
             frame.word(*points[-1], name, "note", -4, -6, "end")
-    about = "of the probe's samples: diversity and spread over the data's (1 is like it), and the share beyond its range"
+    about = (
+        "of the probe's samples: diversity and spread over the data's (1 is like it), and the share beyond its range"
+    )
     return "variety and saturation", about, frame.svg("diversity, spread and saturation over training steps")
 
 
@@ -256,4 +256,8 @@ def _ratios(games: list[tuple[int, Game]]) -> tuple[str, str, Markup] | None:
             frame.dot(x, y, "teacher" if name == "0.5" else "tried", 3, f"{float(name):.0%}: {y:.3g}")
     told = known[-1][1].told
     right = "" if told is None else f"; the adversary tells {told:.0%} of the samples right"
-    return "density ratio", f"quantiles (5 to 95 %) at the student's samples{right}", frame.svg("density ratio over steps")
+    return (
+        "density ratio",
+        f"quantiles (5 to 95 %) at the student's samples{right}",
+        frame.svg("density ratio over steps"),
+    )

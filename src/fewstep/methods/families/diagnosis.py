@@ -50,9 +50,9 @@ def diagnose(
 
     ``kl``: the integral of gap^2 over lam, summed over a sample's numbers: what the critic takes the student's
     KL(student, teacher) to be at the cleanest level beyond that at the noisiest, in nats (along the diffusion
-    ``d KL / d lam = E |y|^2``, de Bruijn's identity). None where the target is guided. ``ratio``: quantiles of the adversary's
-    density ratio at the student's samples, the share of them that is clipped, the share of real and generated ones that
-    it tells right, and the spread of the weights h(r); None without an adversary.
+    ``d KL / d lam = E |y|^2``, de Bruijn's identity). None where the target is guided. ``ratio``: quantiles of the
+    adversary's density ratio at the student's samples, the share of them that is clipped, the share of real and
+    generated ones that it tells right, and the spread of the weights h(r); None without an adversary.
     """
     training = method.training
     method.eval()
@@ -99,9 +99,15 @@ def _support(method: Matching, batch: Batch, rng: Source) -> Tensor | None:
 
 
 def _level(
-    method: Matching, lam: float, anchors: list[tuple[Any, Any]], rng: Source, law: Denoiser | None, points: Tensor | None
+    method: Matching,
+    lam: float,
+    anchors: list[tuple[Any, Any]],
+    rng: Source,
+    law: Denoiser | None,
+    points: Tensor | None,
 ) -> dict[str, Any]:
     path, options = method.student.path, method.options
+    target = method.real if method.step < method._still_steps() else method._target()
     size, along, miss, blur = [], [], [], []
     for anchor, cond in anchors:
         x = anchor.x
@@ -111,18 +117,18 @@ def _level(
         x_t, clean = anchor.noised(path, t, normal(x, rng))
         own = method.critic(x_t, t, cond)
         fake = method._guided(method.critic.denoiser)(x_t, t, cond) if options.guide_critic else own
-        y = (fake - method._target()(x_t, t, cond)).flatten(1).double()
+        y = (fake - target(x_t, t, cond)).flatten(1).double()
         own, clean = own.flatten(1).double(), clean.flatten(1).double()
         size.append(y.square().sum(1))
         along.append(((own - clean) * y).sum(1))
-        optimal = None
+        optimal: tuple[Tensor, Tensor] | None = None
         if law is not None:
-            optimal = (law(x_t, t, cond).flatten(1).double(), 0.0)
+            optimal = (law(x_t, t, cond).flatten(1).double(), torch.zeros(len(x)).to(y))
         elif points is not None:
             optimal = _posterior(points.double(), x_t.flatten(1).double(), *_coefs(path, lam))
         if optimal is not None:
             miss.append((own - optimal[0]).square().mean(1))
-            blur.append(optimal[1] + torch.zeros_like(miss[-1]))
+            blur.append(optimal[1])
     alpha, sigma = _coefs(path, lam)
     level: dict[str, Any] = dict.fromkeys(("gap", "behind", "behind_error", "lag"))
     if size:
