@@ -27,15 +27,19 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fewstep.adapters import LoraOptions, adapted
 from fewstep.denoiser import Denoiser, Reframed, Wrapped
 from fewstep.method import Batch, Method
 from fewstep.methods.consistency import Consistency, ConsistencyOptions
 from fewstep.methods.denoising import Denoising, FlowMatching
 from fewstep.methods.dmd2 import DMD2, DMD2Options
+from fewstep.methods.families.score_gap import Adversary
 from fewstep.methods.meanflow import MeanFlow
 from fewstep.methods.regression import Regression
+from fewstep.methods.score_gap import SIM, TDM, DisBack, FDistill, SiD, SwiftBrush, UniInstruct
 from fewstep.nets import build
 from fewstep.path import Exploding, Straight
+from fewstep.rng import Rng, mix
 from fewstep.student import Student
 from fewstep.tasks.base import Split, Task
 from fewstep.train.average import Average
@@ -105,8 +109,8 @@ class Bare:
         return (*given, torch.full((rows,), 0.5)) if net.reads_s else given
 
     def learn(self, net: torch.nn.Module) -> Work:
-        """Forward, backward and a fused optimiser step."""
-        optimiser = torch.optim.AdamW(net.parameters(), 1e-9, fused=True)
+        """Forward, backward and a fused optimiser step of what learns."""
+        optimiser = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], 1e-9, fused=True)
         given = self.inputs(net, self.count)
 
         def work() -> None:
@@ -123,6 +127,33 @@ class Bare:
         def work() -> None:
             with torch.no_grad():
                 net(*given)
+
+        return work
+
+    def through(self, net: torch.nn.Module) -> Work:
+        """Forward, and backward to the input alone."""
+        net.requires_grad_(False)
+        x, *rest = self.inputs(net, self.count)
+        x = x.clone().requires_grad_()
+
+        def work() -> None:
+            net(x, *rest).square().mean().backward()
+            x.grad = None
+
+        return work
+
+    def features(self, model: Denoiser, times: int = 1, learning: bool = True, whole: bool = False) -> Work:
+        """Forward to the last tap (``whole``: all of it) and backward from there: to the weights, or to the input."""
+        Adversary.choose(model, (1, 8, 8), 1)
+        rows = times * self.count
+        x, t, cond = self.x[:rows].clone().requires_grad_(not learning), torch.full((rows,), 1.0), self.cond[:rows]
+        model.requires_grad_(learning)
+
+        def work() -> None:
+            found = model(x, t, cond, "both" if whole else "features")
+            sum(f.square().mean() for f in (found[1] if whole else found)).backward()
+            model.zero_grad()
+            x.grad = None
 
         return work
 
@@ -150,7 +181,7 @@ class Game:
         self.trainer = Trainer(recipe, Path(tempfile.gettempdir()))
         self.players = {name: Player(getattr(method, name), recipe.optim_of(name)) for name in method.players}
         self.average = Average(method.student, 0.999)
-        self.step = 0
+        self.step, self.moves = 0, True
 
     def play(self, name: str) -> Work:
         """One turn of a player; the student's ends the step."""
@@ -163,7 +194,7 @@ class Game:
             if name == "student":
                 self.method.settle(self.step)
                 self.average.update()
-                self.step += 1
+                self.step += self.moves
 
         return work
 
@@ -213,7 +244,64 @@ def cases(batch: int, width: int) -> dict[str, tuple[Work, list[Work], str]]:
         if looks == 1:
             critic = DMD2(teacher, student_of(teacher), options)
             add("dmd2 critic", critic, [bare.learn(network(width)), bare.look(net)], "learn + forward", "critic")
+    matching(bare, out, teacher, batch, width)
     return out
+
+
+def matching(
+    bare: Bare, out: dict[str, tuple[Work, list[Work], str]], teacher: Denoiser, batch: int, width: int
+) -> None:
+    """The rows of distribution matching; a critic's turn where it is another one than dmd2's."""
+    net = net_of(teacher)
+    look, twice = bare.look(net), bare.look(net, 2)
+
+    def learn() -> Work:
+        return bare.learn(network(width))
+
+    def game(cls: Any, **options: Any) -> Game:
+        given = cls.Options(data_std=0.75, **options)
+        made = cls.student_options(given, teacher.path)
+        return Game(cls(teacher, Student.like(teacher, (1, 8, 8), classes=10, **made), given), batch)
+
+    for cls in (SIM, SiD):
+        passes = [learn(), bare.through(network(width)), bare.through(network(width))]
+        out[f"{cls.name} student"] = (game(cls).play("student"), passes, "learn + 2 through to the input")
+    out["sim critic"] = (game(SIM).play("critic"), [learn(), look], "learn + forward")
+    passes = [learn(), bare.through(network(width)), bare.through(network(width))]
+    out["uni_instruct student"] = (game(UniInstruct).play("student"), passes, "learn + 2 through to the input")
+    tell = bare.features(denoiser(width), 2)
+    out["uni_instruct critic"] = (
+        game(UniInstruct).play("critic"), [learn(), look, tell], "learn + forward + features of 2 batches and back",
+    )  # fmt: skip
+    half = bare.features(denoiser(width), learning=False, whole=True)
+    out["f_distill student"] = (
+        game(FDistill).play("student"), [learn(), look, half], "learn + forward + forward and back from the features",
+    )  # fmt: skip
+    out["f_distill critic"] = (
+        game(FDistill).play("critic"), [learn(), look, tell], "learn + forward + features of 2 batches and back",
+    )  # fmt: skip
+    brush = game(SwiftBrush)
+    lora = LoraOptions(rank=64, alpha=108, targets="all")
+    out["swiftbrush student"] = (
+        brush.play("student"), [learn(), twice, bare.look(net_of(adapted(denoiser(width), lora)), 2)],
+        "learn + 2 forward of 2 batches, one with adapters",
+    )  # fmt: skip
+    small = bare.learn(net_of(adapted(denoiser(width), lora)))
+    out["swiftbrush critic"] = (game(SwiftBrush).play("critic"), [small, look], "learn of adapters + forward")
+    steps = game(TDM)
+    steps.moves = False
+    third = next(k for k in range(99) if shared_draw(steps.recipe, k, 4) == 2)
+    steps.step = third
+    out["tdm student, third of 4"] = (steps.play("student"), [learn(), look, look, look, look], "learn + 4 forward")
+    back = game(DisBack)
+    back.step = 10_000
+    out["disback student"] = (back.play("student"), [learn(), look, look], "learn + 2 forward")
+
+
+def shared_draw(recipe: Recipe, step: int, count: int) -> int:
+    """The step of a roll-out that a turn at ``step`` draws, as the trainer seeds it."""
+    rng = Rng(mix(recipe.seed, "stage", 0), "loss", step, 0, 0)
+    return int(torch.randint(count, (1,), generator=rng.shared))
 
 
 def seconds(work: Work, repeats: int) -> float:

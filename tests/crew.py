@@ -62,6 +62,15 @@ METHODS = {
         "options": {"critic_turns": 1, "gan": GAN, "divergence": "jensen_shannon", "steps": 2},
     },
     "phased": {"name": "phased_dmd", "options": {"critic_turns": 2, "steps": 2, "phase": 2}},
+    "sim": {"name": "sim"},
+    "swiftbrush": {"name": "swiftbrush", "options": {"guidance": 1.0}},
+    "uni_instruct": {"name": "uni_instruct", "options": {"gan": {"width": 8}}},
+    "f_distill": {"name": "f_distill", "options": {"critic_turns": 1, "gan": {"width": 8}}},
+    "tdm": {"name": "tdm", "options": {"steps": 2}},
+    "disback": {
+        "name": "disback",
+        "options": {"critic_turns": 1, "backtrack": {"states": 2, "every": 1, "interval": 2}},
+    },
     "consistency": {"name": "consistency", "options": {"target_decay": 0.5}},
     "meanflow": {"name": "meanflow", "options": {"derivative": "difference", "jumps": 0.3}},
 }

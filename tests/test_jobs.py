@@ -12,8 +12,9 @@ import time
 import pytest
 import torch
 
-from fewstep import jobs
+from fewstep import jobs, registry
 from fewstep.errors import Failed, Interrupted, Refused
+from fewstep.methods.families.matching import Matching
 from fewstep.train.build import make_student
 from fewstep.train.pairs import Pairs
 from fewstep.train.recipe import recipe_from
@@ -103,9 +104,26 @@ class Stopper(Nobody):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("method", ["regression", "dmd2", "consistency", "meanflow"])
+MATCHING = {
+    "disback": {"critic_turns": 1, "backtrack": {"states": 2, "every": 2, "interval": 2}},  # stopped on its way
+    "dmd2": {"critic_turns": 2},
+    "f_distill": {"critic_turns": 1},
+    "sid": {},
+    "sim": {},
+    "swiftbrush": {"guidance": 1.0},
+    "tdm": {"steps": 2},
+    "uni_instruct": {},
+}
+
+
+def test_the_contract_is_asked_of_every_row_of_distribution_matching():
+    rows = {entry.name for entry in registry.METHODS if issubclass(entry.thing, Matching)}
+    assert rows == set(MATCHING)
+
+
+@pytest.mark.parametrize("method", ["regression", "consistency", "meanflow", *MATCHING])
 def test_a_stopped_run_that_goes_on_ends_bit_equal_to_one_that_was_not(method, tmp_path):
-    section = {"name": method, "options": {"critic_turns": 2}} if method == "dmd2" else {"name": method}
+    section = {"name": method, "options": MATCHING.get(method, {})}
     if method == "regression":
         section = MIXTURE["method"]
     recipe = changed(method=section, steps=10)

@@ -96,6 +96,40 @@ def _recipe(
     return recipe_from({**plain, "expect": {}}, changes, where=str(source))
 
 
+def _chosen(
+    what: str,
+    overrides: Sequence[str] | None,
+    seed: int | None,
+    data: Path | None,
+    method: str | None,
+    lora: int | None,
+    prompts: Path | None,
+    device: str,
+    budget: dict[str, float | None],
+) -> tuple[Recipe, str | None]:
+    """The recipe that is asked for; with ``--method auto`` the one that was chosen, and the line that says why."""
+    if method != "auto":
+        for name, value in budget.items():
+            if value is not None:
+                raise Refused(f"--{name} {value:g} is a budget to choose by: add --method auto")
+        return _recipe(what, overrides, seed, data, method, lora, prompts), None
+    if lora is not None:
+        raise Refused(f"--lora {lora} and --method auto both choose what learns: leave one of them out")
+    base = _recipe(what, None, seed, data, "dmd2" if data or prompts else None, None, prompts)
+    from . import jobs
+
+    changes = [*(overrides or ()), *([f"seed={seed}"] if seed is not None else [])]
+
+    def choose() -> tuple[Recipe, str]:
+        return jobs.choose(base, changes, device=device, memory=budget["memory"], minutes=budget["minutes"])
+
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return choose()
+    from .train.processes import alone
+
+    return alone(choose)
+
+
 def _run_folder(what: str, out: Path | None, resume: bool) -> Path:
     """The run to write: a new folder, or with ``resume`` the one that is there."""
     source = Path(what)
@@ -399,7 +433,10 @@ Lora = Annotated[
 PromptFile = Annotated[
     Path | None, typer.Option("--prompts", help="Prompts of a text pipeline, one a line: no images are needed.")
 ]
-MethodName = Annotated[str | None, typer.Option("--method", help="A method's name, or ./mine.py:MyMethod.")]
+MethodName = Annotated[
+    str | None, typer.Option("--method", help="A method's name, ./mine.py:MyMethod, or auto (it says why).")
+]
+Minutes = Annotated[float | None, typer.Option(min=0.1, help="With --method auto: of training, on this device.")]
 
 
 @command
@@ -413,6 +450,7 @@ def plan(
         float | None,
         typer.Option(min=0.01, metavar="GIB", help="Of the device to plan for [default: this one's]."),
     ] = None,
+    minutes: Minutes = None,
     lora: Lora = None,
     seed: Seed = None,
     device: Device = "auto",
@@ -430,13 +468,15 @@ def plan(
       fewstep plan digits
       fewstep plan mine.toml steps=2000 optim.lr=1e-3
       fewstep plan mine.toml --memory 24
+      fewstep plan digits --method auto --memory 0.5
     """
     screen, place = Screen(quiet, verbose, json), pick_device(device)
-    recipe = _recipe(what, overrides, seed, data, method, lora, prompts)
+    set_threads(threads)
+    budget = {"memory": memory if method == "auto" else None, "minutes": minutes}
+    recipe, chosen = _chosen(what, overrides, seed, data, method, lora, prompts, place, budget)
     from . import jobs
 
-    set_threads(threads)
-    result = jobs.plan(recipe, device=place, memory=memory)
+    result = jobs.plan(recipe, device=place, memory=memory, chosen=chosen)
     screen.result(result, plan_text(result))
 
 
@@ -481,6 +521,10 @@ def distill(
     data: Data = None,
     prompts: PromptFile = None,
     method: MethodName = None,
+    memory: Annotated[
+        float | None, typer.Option(min=0.01, metavar="GIB", help="With --method auto: to stay within.")
+    ] = None,
+    minutes: Minutes = None,
     lora: Lora = None,
     out: Out = None,
     resume: Resume = False,
@@ -500,6 +544,7 @@ def distill(
     Examples:
       fewstep distill digits
       fewstep distill ./my-pipeline --data ./images --method dmd2
+      fewstep distill ./my-pipeline --data ./images --method auto --memory 24 --minutes 60
       fewstep distill ./my-pipeline --data ./images --method dmd2 --lora 32
       fewstep distill ./my-pipeline --prompts prompts.txt
       fewstep distill mine.toml optim.lr=1e-3 --out runs/faster
@@ -508,13 +553,20 @@ def distill(
     """
     screen, place = Screen(quiet, verbose, json), pick_device(device)
     run = _decided(lambda: _run_folder(what, out, resume))
-    recipe = _recipe(what, overrides, seed, data, method, lora, prompts)
+    set_threads(threads)
+    begun = resume and method == "auto" and (run / "recipe.toml").exists()  # it says what was chosen
+    budget = {"memory": None if begun else memory, "minutes": None if begun else minutes}
+    recipe, chosen = _chosen(
+        str(run) if begun else what, overrides, seed, None if begun else data, None if begun else method, lora,
+        None if begun else prompts, place, budget,
+    )  # fmt: skip
     from . import jobs
 
-    set_threads(threads)
     accepted = _accepted(recipe, run, accept_licence, resume)
     with screen, _resumable("distill", run):
-        report = jobs.distill(recipe, run, resume=resume, device=place, watch=screen, accept_licence=accepted)
+        report = jobs.distill(
+            recipe, run, resume=resume, device=place, watch=screen, accept_licence=accepted, chosen=chosen
+        )
     page = run / "report" / "index.html"
     screen.result({"run": run, **report}, report_text(report, page if page.is_file() else None) or f"run: {run}")
 

@@ -120,6 +120,10 @@ class Method(nn.Module, ABC):
         their optimiser and average state."""
         return ()
 
+    def diagnose(self, batch: Batch, rng: Source) -> dict[str, Any] | None:
+        """What the method can say of how its game stands, as plain numbers; asked rarely, for the report."""
+        return None
+
     def pairs(self) -> PairOptions | None:
         """The pairs that this method regresses on, if any."""
         return None

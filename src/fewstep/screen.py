@@ -174,7 +174,8 @@ def report_text(report: dict[str, Any], where: Path | None = None) -> str:
 def plan_text(plan: dict[str, Any]) -> str:
     """A plan for people: what it is, what each phase costs, whether it fits, what would make it fit, licences."""
     head = ("recipe", "method", "task", "device", "parameters", "teacher_parameters", "how")
-    lines = [lines_of({key: plan[key] for key in head if key in plan})]
+    lines = [plan["chosen"], ""] if "chosen" in plan else []
+    lines.append(lines_of({key: plan[key] for key in head if key in plan}))
     phases = [[p["phase"], _duration(p["seconds"]), _size(p["memory_mb"])] for p in plan["phases"]]
     phases.append(["all", _duration(60 * plan["minutes"]), _size(plan["memory_mb"])])
     lines += ["", table(["phase", "time", "peak memory"], phases), ""]

@@ -160,6 +160,18 @@ def test_what_else_the_run_folder_knows_is_on_the_page(run):
     assert len([1 for tag, _ in found.tags if tag == "svg"]) == 2
 
 
+def test_the_page_shows_how_the_training_stood(run):
+    levels = [{"lam": lam, "gap": 0.3, "behind": 0.0, "behind_error": 0.1} for lam in (-1.0, 0.0, 1.0)]
+    probe = {"diversity": 0.2, "spread": 1.0, "saturation": 0.0, "grid": 1.0}
+    lines = [{"step": k, "stage": 0, "probe": probe, "game": {"levels": levels, "kl": 0.1}} for k in (5, 10)]
+    (run / "probes.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    text = page(run).text
+    assert "How the training stood" in text and "score gap by noise level" in text and "critic lag" in text
+    assert "At the end samples look alike" in text
+    kept = json.loads((run / "report" / "report.json").read_text(encoding="utf-8"))["diagnosis"]
+    assert kept["schema"] == "fewstep.diagnosis/1" and [look["step"] for look in kept["looks"]] == [5, 10]
+
+
 def test_only_scores_are_needed(run):
     for file in (run / "samples").iterdir():
         file.unlink()

@@ -10,8 +10,10 @@ from fewstep.denoiser import Guided, Wrapped
 from fewstep.errors import Failed, Refused
 from fewstep.interop import check_student, load_student, load_teacher, save_student, weights_sha256
 from fewstep.interop.plain import karras_grid
+from fewstep.methods.families.matching import Matching
 from fewstep.nets import MLP, DiT, DiTConfig, MLPConfig, UNet, UNetConfig
 from fewstep.path import Exploding, Straight, VariancePreserving
+from fewstep.registry import METHODS
 from fewstep.student import Student
 
 UNET = UNetConfig(shape=(1, 8, 8), widths=(8, 16), groups=4, classes=3)
@@ -66,6 +68,23 @@ def test_a_student_of_every_pipeline_runs_in_plain_diffusers(teachers, tmp_path,
         loaded = load_student(tmp_path / "s")
     assert loaded.contract.teacher.sha256 == teacher.sha256
     assert loaded.classes == teacher.classes
+
+
+@pytest.mark.parametrize("entry", [e for e in METHODS if issubclass(e.thing, Matching)], ids=lambda e: e.name)
+def test_a_student_of_every_row_of_distribution_matching_runs_in_plain_diffusers(teachers, tmp_path, here, entry):
+    """As its method makes it: one step below the noisiest level, or a few at the times of the stock scheduler."""
+    options = entry.thing.Options()
+    several = options.steps > 1
+    teacher = teachers["ddim" if several else "cm"]
+    options = options.model_copy(update={"start": 1.0, "times": (1.0, 0.75, 0.5, 0.25)} if several else {"start": 2.5})
+    made = entry.thing.student_options(options, teacher.denoiser.path)
+    student = Student.like(teacher.denoiser, teacher.shape, **made)
+    check = save_student(student, tmp_path / "s", teacher=teacher, method=entry.name)
+    assert check.ok and check.max_error <= 1e-4
+    assert check.steps == (options.steps,)
+    loaded = load_student(tmp_path / "s")
+    assert loaded.contract.method == entry.name
+    assert loaded.contract.teacher.sha256 == teacher.sha256
 
 
 def test_an_exported_program_runs_in_a_process_without_this_package(tmp_path):

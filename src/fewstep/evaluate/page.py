@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import need
 from .blind import ballot, preferences, write_ballot
+from .diagnosis import charts, read_diagnosis
 from .pictures import thumbnail
 from .plots import curve, training
 from .rows import Document, Measured, Report, Row, Sheet, document, put, read_scores
@@ -72,7 +73,7 @@ THUMB = 384
 def write_report(run: Path) -> Path:
     """Write ``report/index.html`` and ``report/report.json`` from a run folder; the path of the first.
 
-    Needs ``scores.json``; ``samples/*.png``, ``student/fewstep.json``, ``log.jsonl``, ``recipe.toml``,
+    Needs ``scores.json``; ``samples/*.png``, ``student/fewstep.json``, ``*.jsonl``, ``recipe.toml``,
     ``training.json`` and ``environment.json`` are used where they are there. The page is one file: pictures
     inside, no network, no script. Where prompts were answered in pictures, ``report/ab.html`` asks people which they
     prefer, blindly, and what ``votes/*.json`` say is counted.
@@ -90,7 +91,7 @@ def write_report(run: Path) -> Path:
     }
     asked = ballot(run, scores)
     said = () if asked is None else preferences(run, scores, asked)
-    found = document(scores, {key: value for key, value in origin.items() if value}, said)
+    found = document(scores, {key: value for key, value in origin.items() if value}, said, read_diagnosis(run))
     name = "page.html" if found.reference == "data" else "imitation.html"
     page = template(name).render(**view(found, run, recipe), ballot=asked)
     if asked is not None:
@@ -139,6 +140,7 @@ def view(found: Document, run: Path, recipe: str | None) -> dict[str, Any]:
         ],
         "curve": curve(found),
         "losses": training(_log(run / "log.jsonl")),
+        "game": [] if found.diagnosis is None else charts(found.diagnosis),
         "recipe": recipe,
         "method": _method(found, recipe),
         "warned": _warned(found),

@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .rows import Measured
-
 if TYPE_CHECKING:
     from markupsafe import Markup
+
+    from .rows import Measured
 
 WIDE, HIGH = 640, 300
 LEFT, RIGHT, TOP, BOTTOM = 52, 16, 14, 40
@@ -82,7 +82,7 @@ def curve(scores: Measured) -> Markup | None:
     calls = sorted({row.nfe for row in shown})
     top = max(values) * 1.25
     frame = Frame((min(calls) * 0.9, max(max(calls), 2) * 1.15), (min(values) / 1.5, top))
-    frame.grid(_few(calls), _decades(min(values) / 1.5, top), "network calls for one sample", "Fréchet distance")
+    frame.grid(_few(calls), decades(min(values) / 1.5, top), "network calls for one sample", "Fréchet distance")
     if floor is not None and floor.frechet:
         frame.line([(frame.x[0], floor.frechet), (frame.x[1], floor.frechet)], "floor")
         words = "real against real" if floor.model == "real" else "teacher against itself"
@@ -131,7 +131,7 @@ def training(lines: Sequence[dict[str, object]]) -> list[tuple[str, Markup]]:
         if high - low < 1e-12 * max(1.0, abs(high)):
             continue
         frame = Frame((points[0][0], points[-1][0]), (low, high), 200, logs)
-        marks = _decades(low, high) if logs else [low, (low + high) / 2, high]
+        marks = decades(low, high) if logs else [low, (low + high) / 2, high]
         frame.grid([points[0][0], points[-1][0]], marks, "step", "")
         frame.line(points, "loss")
         found.append((name, frame.svg(f"{name} over training steps")))
@@ -154,7 +154,7 @@ def _share(value: float, ends: tuple[float, float], log: bool) -> float:
     return (value - low) / ((high - low) or 1.0)
 
 
-def _decades(low: float, high: float) -> list[float]:
+def decades(low: float, high: float) -> list[float]:
     """Round values between two ends, for a logarithmic axis."""
     found = [
         m * 10.0**e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for m in (1, 2, 5)

@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ..errors import Refused
 from ..part import Part
+from .diagnosis import Diagnosis
 from .protocol import FEW
 
 SCORES: Literal["fewstep.scores/1"] = "fewstep.scores/1"
@@ -203,9 +204,11 @@ class Document(Measured):
     verdict: Verdict
     preference: tuple[Preference, ...] = ()
     origin: dict[str, Any] = Field(default_factory=dict, description="contract, environment and training of the run")
+    diagnosis: Diagnosis | None = Field(None, description="how the run went, from its probes")
 
     def as_dict(self) -> dict[str, Any]:
-        return {"schema": REPORT, **self.model_dump(mode="json", exclude={"kind"})}
+        plain = self.model_dump(mode="json", exclude={"kind", "diagnosis"})
+        return {"schema": REPORT, **plain, "diagnosis": None if self.diagnosis is None else self.diagnosis.as_dict()}
 
 
 @dataclass(frozen=True)
@@ -231,12 +234,19 @@ class Report:
         return put(run / "scores.json", (json.dumps(self.scores.as_dict(), indent=1) + "\n").encode())
 
 
-def document(scores: Scores, origin: dict[str, Any] | None = None, preference: tuple[Preference, ...] = ()) -> Document:
+def document(
+    scores: Scores,
+    origin: dict[str, Any] | None = None,
+    preference: tuple[Preference, ...] = (),
+    diagnosis: Diagnosis | None = None,
+) -> Document:
     """Scores with their verdict, and what people preferred where they were asked."""
     from .verdict import judge
 
     values = {name: getattr(scores, name) for name in Measured.model_fields}
-    return Document(schema=REPORT, verdict=judge(scores), preference=preference, origin=origin or {}, **values)
+    return Document(
+        schema=REPORT, verdict=judge(scores), preference=preference, origin=origin or {}, diagnosis=diagnosis, **values
+    )
 
 
 def put(file: Path, data: bytes) -> Path:

@@ -1,6 +1,7 @@
 """What the commands do: whole jobs, from a recipe or a folder to files. Plain functions, no terminal."""
 
 from .bits import bits
+from .choosing import choose
 from .exporting import export
 from .planning import plan
 from .searching import search
@@ -13,6 +14,7 @@ __all__ = [
     "Setting",
     "bits",
     "check",
+    "choose",
     "compare",
     "distill",
     "evaluate",

@@ -39,24 +39,26 @@ SHIPPED = 2**28  # bytes of a student that a rehearsal writes
 MB = 2**20
 
 
-def plan(recipe: Recipe, *, device: str = "cpu", memory: float | None = None) -> dict[str, Any]:
+def plan(
+    recipe: Recipe, *, device: str = "cpu", memory: float | None = None, chosen: str | None = None
+) -> dict[str, Any]:
     """What a recipe would cost on a device: parameters, peak memory and time of each phase, and licences.
 
     Where the run fits this machine it is rehearsed: a few steps, pairs and samples of it, thrown away, and scaled.
     Where it does not, one step is counted from the shapes of its tensors, and ``options`` says which changes
-    would make it fit. ``memory`` in GiB plans for a device that has so much.
+    would make it fit. ``memory`` in GiB plans for a device that has so much; ``chosen`` is auto's line.
     """
     licences = [{"source": source, **asdict(licence)} for source, licence in inherited(recipe).items()]
     limit = machine.memory(device) if memory is None else round(memory * 2**30)
     with tempfile.TemporaryDirectory() as scratch:
         run, meter = File(scratch), Meter(device)
         began, spent = time.perf_counter(), time.process_time()
-        setting = _prepared(recipe, run, device)
+        setting = rehearsed_setting(recipe, run, device)
         loading = Phase("loading", time.perf_counter() - began, time.process_time() - spent, meter.peak())
         first = recipe.stage(0)
         here = machine.memory(device)
-        if _least(first, setting) < ROOM * here:
-            parts = [_part(recipe.stage(k), setting, device) for k in range(len(recipe.stages) + 1)]
+        if least(first, setting) < ROOM * here:
+            parts = [weighed(recipe.stage(k), setting, device) for k in range(len(recipe.stages) + 1)]
             needed = max(meter.now() + part["guess"] for part in parts)
             tried = needed < ROOM * (here + meter.now())
         else:
@@ -99,10 +101,11 @@ def plan(recipe: Recipe, *, device: str = "cpu", memory: float | None = None) ->
         ],
         "options": options,
         "licences": licences,
+        **({} if chosen is None else {"chosen": chosen}),
     }  # fmt: skip
 
 
-def _prepared(recipe: Recipe, run: File, device: str) -> Setting:
+def rehearsed_setting(recipe: Recipe, run: File, device: str) -> Setting:
     """The task and the teacher; one that the run would train first is trained for a step."""
     if recipe.teacher is not None and recipe.teacher.source.startswith("recipe:"):
         nested = load_recipe(recipe.teacher.source.removeprefix("recipe:"), [f"seed={recipe.seed}"])
@@ -111,7 +114,7 @@ def _prepared(recipe: Recipe, run: File, device: str) -> Setting:
     return prepare(recipe, run, device, Nobody())
 
 
-def _least(part: Recipe, setting: Setting) -> int:
+def least(part: Recipe, setting: Setting) -> int:
     """Bytes that the learners take at the very least, where the student is a copy of the teacher."""
     if part.student.net is not None or setting.raw is None:
         return 0
@@ -148,7 +151,7 @@ def _facts(part: Recipe, method: Method) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _part(part: Recipe, setting: Setting, device: str) -> dict[str, Any]:
+def weighed(part: Recipe, setting: Setting, device: str) -> dict[str, Any]:
     """A stage's facts with first guesses: its bytes, the seconds of a step, the rows that can be tried."""
     method = _built(part, setting).to(device)
     facts = _facts(part, method)

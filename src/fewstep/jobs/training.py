@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import shlex
@@ -32,7 +33,9 @@ from .consent import consent
 from .setting import Setting, game, prepare
 
 
-def _open_run(recipe: Recipe, run: File, resume: bool, device: str, accepted: list[str]) -> None:
+def _open_run(
+    recipe: Recipe, run: File, resume: bool, device: str, accepted: list[str], chosen: str | None = None
+) -> None:
     file = run / "recipe.toml"
     if resume and file.exists():
         if load_recipe(file).sha256 != recipe.sha256:
@@ -49,6 +52,11 @@ def _open_run(recipe: Recipe, run: File, resume: bool, device: str, accepted: li
         "recipe_sha256": recipe.sha256,
         "accepted_licences": accepted,
     }
+    if chosen is None and resume:  # what was said when it began
+        with contextlib.suppress(OSError, ValueError):
+            chosen = json.loads((run / "environment.json").read_text(encoding="utf-8")).get("chosen")
+    if chosen is not None:
+        facts["chosen"] = chosen
     write_text(run / "environment.json", json.dumps(facts, indent=1))
 
 
@@ -174,7 +182,13 @@ def _teacher_hash(setting: Setting) -> str:
 
 
 def _begin(
-    recipe: Recipe, run: File, resume: bool, device: str, watch: Watch | None, accept_licence: bool
+    recipe: Recipe,
+    run: File,
+    resume: bool,
+    device: str,
+    watch: Watch | None,
+    accept_licence: bool,
+    chosen: str | None = None,
 ) -> tuple[Watch, Setting, Callable[[], None]]:
     """Ask for consent, clear away what a killed run left, load what the recipe names; what opens the run folder."""
     here = world()
@@ -183,7 +197,7 @@ def _begin(
     alone(lambda: sweep(run))
     place = "cpu" if recipe.parallel.shard and here.size > 1 else device  # sharded, it may fit no device whole
     setting = prepare(recipe, run, place, eyes, resume)
-    return eyes, setting, lambda: alone(lambda: _open_run(recipe, run, resume, device, accepted))
+    return eyes, setting, lambda: alone(lambda: _open_run(recipe, run, resume, device, accepted, chosen))
 
 
 def unfinished(run: File) -> File:
@@ -244,12 +258,17 @@ def distill(
     device: str = "cpu",
     watch: Watch | None = None,
     accept_licence: bool = False,
+    chosen: str | None = None,
 ) -> dict[str, Any]:
     """The main job: train, evaluate beside the teacher, save, report. Returns ``report.json``'s content.
 
+    ``chosen`` is the line by which auto chose the recipe; the run's ``environment.json`` keeps it.
+
     Refused where a teacher's licence forbids something and it was not accepted.
     """
-    eyes, setting, open_run = _begin(recipe, run, resume, device, watch, accept_licence)
+    eyes, setting, open_run = _begin(recipe, run, resume, device, watch, accept_licence, chosen)
+    if chosen is not None:
+        eyes.say(chosen)
     student, facts = _learn(recipe, run, setting, resume, device, eyes, "distill", open_run)
     if recipe.precision.dtype == "bfloat16":
         facts["drift"] = bits_of_run(student, setting.task, device)

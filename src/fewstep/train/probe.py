@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,8 @@ from ..student import Student
 from ..tasks.base import Task
 
 ROWS = 64
+BURNT = 0.3
+"""Share of values beyond the range from which on a warning is due."""
 
 
 @dataclass(frozen=True)
@@ -35,16 +38,31 @@ class Probe:
 
     @property
     def healthy(self) -> bool:
-        return self.diversity > 0.4 and 0.3 < self.spread < 3 and self.grid < 10
+        return self.warning() is None
+
+    @property
+    def distance(self) -> float:
+        """How far the look is from what data would give, 0 or more; infinite where something is not finite.
+
+        ``|log diversity| + |log spread| + saturation``: what collapses, drifts or burns is far; it does not tell
+        good samples from better ones.
+        """
+        if not (0 < self.diversity < math.inf and 0 < self.spread < math.inf):
+            return math.inf
+        return abs(math.log(self.diversity)) + abs(math.log(self.spread)) + self.saturation
 
     def warning(self) -> str | None:
         """One plain sentence where something is wrong."""
+        if not all(map(math.isfinite, (self.diversity, self.spread, self.saturation, self.grid))):
+            return "samples are not finite: the student is lost"
         if self.diversity <= 0.4:
             return f"samples look alike (diversity {self.diversity:.2f} of the data's): the student is collapsing"
         if not 0.3 < self.spread < 3:
             return f"samples have {self.spread:.2f} times the data's spread: the student is drifting away"
         if self.grid >= 10:
             return f"samples have {self.grid:.0f} times the data's finest pattern: grid artefacts"
+        if self.saturation > BURNT:
+            return f"{self.saturation:.0%} of the values are beyond the data's range: samples are burnt"
         return None
 
 

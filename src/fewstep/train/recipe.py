@@ -147,6 +147,9 @@ class CheckpointSection(Part):
 
     every: int = Field(0, ge=0, description="steps between checkpoints; 0: every tenth of the run")
     keep: int = Field(2, ge=1)
+    best: bool = Field(
+        False, description="keep the student of the best probe, and end with it where the last one is clearly worse"
+    )
 
 
 class EvaluateSection(Part):
@@ -236,6 +239,8 @@ class Recipe(Part):
         )
         if not self.parallel.shard:  # as it was before the option was there
             del plain["parallel"]["shard"]
+        if self.checkpoint.best:
+            plain["checkpoint"] = {"best": True}
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 

@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path as File
 from typing import Any, Protocol
 
@@ -24,6 +25,7 @@ from ..rng import Rng, mix
 from ..student import Student
 from ..tasks.base import Task
 from .average import Average
+from .best import Best
 from .pairs import Pairs
 from .player import Player
 from .precision import Prepared
@@ -41,10 +43,13 @@ from .processes import (
     world,
 )
 from .recipe import Recipe, factor
-from .store import State, open_state, save_state, write_text
+from .store import State, finite, open_state, save_state, write_text
 
 SKIPS_IN_A_ROW = 20
 PROBES = 10
+DEEP = 5
+"""One probe in so many, the first and the last among them, also asks the method how its game stands."""
+DEEP_ROWS = 256
 ECHO = 5.0
 """Seconds in which a second signal is the first one's echo, where a launcher stands between."""
 
@@ -97,6 +102,7 @@ class Trainer:
         self.label = "train" if not recipe.stages else f"stage {stage + 1}/{len(recipe.stages) + 1}"
         self.seconds = 0.0
         self.warnings: list[str] = []
+        self.best: Best | None = None
         self.rows = self.world.rows(self.recipe.batch) if self.world.size > 1 else None
         self.spread: Spread | None = None
         self._stop = threading.Event()
@@ -128,16 +134,19 @@ class Trainer:
         every = recipe.checkpoint.every or max(steps // 10, 1)
         probe_every = recipe.log.probe or max(steps // PROBES, 1)
         if not resume and self.world.first:
-            for old in (self.run / "checkpoints").glob(f"stage_{self.stage}_*"):
-                shutil.rmtree(old, ignore_errors=True)
+            for name in (f"stage_{self.stage}_*", f"best_{self.stage}"):
+                for old in (self.run / "checkpoints").glob(name):
+                    shutil.rmtree(old, ignore_errors=True)
         first = self._load(method, players, average) if resume else 0
+        if recipe.checkpoint.best:
+            self.best = Best(self.run / "checkpoints" / f"best_{self.stage}", resume)
         skipped = torch.zeros((), device=self.device)
         in_a_row = torch.zeros((), device=self.device)
         self.watch.start(self.label, steps)
         method.train()
         note, began = "", time.perf_counter()
-        log = self._open_log(first)
-        with self._signals(), log:
+        log, looks = self._open_log("log.jsonl", first), self._open_log("probes.jsonl", first)
+        with self._signals(), log, looks:
             for step in range(first, steps):
                 lines: dict[str, Any] = {}
                 for turn, name in enumerate(method.turns(step)):
@@ -163,7 +172,8 @@ class Trainer:
                     average.update()
                 done = step + 1
                 if done % probe_every == 0 or done == steps:
-                    note = self._look(method, average, prober, task, done)
+                    deep = done // probe_every % DEEP == 1 or done == steps
+                    note = self._look(method, average, prober, task, done, looks, deep)
                 if done % recipe.log.every == 0 or done == steps:
                     values = self._values(lines)
                     seconds = self.seconds + time.perf_counter() - began
@@ -172,7 +182,8 @@ class Trainer:
                     log.write(json.dumps(line) + "\n")
                     log.flush()
                     self.watch.advance(self.label, done, note or _brief(values))
-                    self._check(int(in_a_row), done)
+                    if self._lost(int(in_a_row), done):
+                        break
                 stop = agree(self._stop.is_set())
                 if stop or (done % every == 0 and done < steps):
                     self.seconds += time.perf_counter() - began
@@ -188,6 +199,10 @@ class Trainer:
         prepared.finish()
         if average is not None:
             average.apply()
+        if self.best is not None:
+            said = self.best.back(method.student)
+            if said is not None:
+                self._warn(said)
         if self.spread is not None:
             self.spread.restore(method.student)
             if isinstance(method.teacher, nn.Module):
@@ -275,6 +290,8 @@ class Trainer:
             for name in ("channels_last", "offload_teacher"):
                 if getattr(precision, name):
                     raise Refused(f"parallel.shard does not go with precision.{name}: leave one of them out")
+            if self.recipe.checkpoint.best:
+                raise Refused("parallel.shard does not go with checkpoint.best: leave one of them out")
             if self.recipe.student.lora is not None:
                 raise Refused("parallel.shard does not go with student.lora (shared weights): leave one of them out")
             self.spread = Spread(method, self.device)
@@ -285,24 +302,42 @@ class Trainer:
 
     # -- looking, logging, stopping ------------------------------------------------------------
 
-    def _look(self, method: Method, average: Average | None, prober: Prober, task: Task, done: int) -> str:
+    def _look(
+        self, method: Method, average: Average | None, prober: Prober, task: Task, done: int, looks: Any, deep: bool
+    ) -> str:
         if method.makes == "start":
             return ""
         with average.applied() if average is not None else contextlib.nullcontext():
             probe, samples = prober(method.student)
             if self.spread is not None:
                 self.spread.rest()
+            if self.best is not None:
+                self.best.see(probe, method.student, done)
+        found = self._diagnosis(method, task, done) if deep else None
         if not self.world.first:
             return ""
+        line = {"step": done, "stage": self.stage, "probe": asdict(probe), "game": found}
+        looks.write(json.dumps(finite(line)) + "\n")
+        looks.flush()
         warning = probe.warning()
         if warning is not None:
-            line = f"step {done}: {warning}"
-            self.warnings.append(line)
-            self.watch.say(line)
+            self._warn(f"step {done}: {warning}")
         pictures = task.pictures(samples)
         if pictures is not None:
             self._picture(pictures, done)
         return f"diversity {probe.diversity:.2f}, spread {probe.spread:.2f}"
+
+    def _diagnosis(self, method: Method, task: Task, done: int) -> dict[str, Any] | None:
+        """What a method says of its game, on one batch that is not trained on here."""
+        batch = task.batch(min(self.recipe.batch, DEEP_ROWS), mix(self.recipe.seed, "diagnosis", self.stage), 0)
+        if self.device.type != "cpu":
+            batch = batch.to(self.device)
+        rng = Rng(self.recipe.seed, "diagnosis", self.stage, done, device=self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision.dtype == "bfloat16"):
+            found = method.diagnose(batch, rng)
+        if self.spread is not None:
+            self.spread.rest()
+        return found
 
     def _picture(self, pictures: Tensor, done: int) -> None:
         """A grid of samples, where pillow is installed."""
@@ -320,11 +355,22 @@ class Trainer:
             folder / f"step_{self.stage}_{done:06d}.png"
         )
 
-    def _check(self, in_a_row: int, done: int) -> None:
+    def _lost(self, in_a_row: int, done: int) -> bool:
+        """Whether updates are finite no more; Failed where no earlier student is kept to end with."""
         if in_a_row >= SKIPS_IN_A_ROW:
+            if self.best is not None and self.best.kept():
+                self.best.last = None
+                self._warn(f"step {done}: {in_a_row} updates in a row were not finite")
+                return True
             good = newest(self.run / "checkpoints")
             where = f"; the last good checkpoint is {good}" if good else ""
             raise Failed(f"{in_a_row} updates in a row were not finite at step {done}: lower optim.lr{where}")
+        return False
+
+    def _warn(self, line: str) -> None:
+        if self.world.first:
+            self.warnings.append(line)
+            self.watch.say(line)
 
     def _can_go_on(self, problem: str) -> str:
         """A problem in one line, with what is left of the run and how it goes on."""
@@ -333,11 +379,11 @@ class Trainer:
             return f"{problem}; no checkpoint was written yet"
         return f"{problem}; {good.name} is whole: make room, then {self.resume_line or 'resume'}"
 
-    def _open_log(self, first: int) -> Any:
-        """The log, without lines beyond where a resumed run goes on; only the first process writes one."""
+    def _open_log(self, name: str, first: int) -> Any:
+        """A log, without lines beyond where a resumed run goes on; only the first process writes one."""
         if not self.world.first:
             return open(os.devnull, "w")
-        file = self.run / "log.jsonl"
+        file = self.run / name
         self.run.mkdir(parents=True, exist_ok=True)
         kept = []
         if file.exists():

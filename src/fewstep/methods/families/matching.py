@@ -21,6 +21,7 @@ from ...rng import Source, uniform
 from ...student import Student, frozen, trainable_copy
 from ..denoising import Weight, level_weight
 from .blocks import by_block, rng_of_blocks
+from .diagnosis import diagnose
 from .score_gap import (
     Adversary,
     Anchor,
@@ -239,6 +240,9 @@ class Matching(Method):
         else:
             first = adapted(teacher, lora).train()
         return first
+
+    def diagnose(self, batch: Batch, rng: Source) -> dict[str, Any]:
+        return diagnose(self, batch, rng)
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
