@@ -56,6 +56,8 @@ GAN = {"r1": 0.1, "r1_kind": "difference", "r1_every": 2, "width": 8}
 METHODS = {
     "denoising": {"name": "denoising"},
     "regression": {"name": "regression", "options": {"pairs": {"count": 40, "nfe": 2}}},
+    "reflow": {"name": "reflow", "options": {"pairs": {"count": 40, "nfe": 2}, "anneal": 0.5, "look": 2}},
+    "progressive": {"name": "progressive", "options": {"steps": 2, "finest": 8}},
     "dmd2": {"name": "dmd2", "options": {"critic_turns": 2, "gan": GAN}},
     "dmd2_weighted": {
         "name": "dmd2",

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from games import Nudged, Script, batch_of, gradients, mlp, play, sigma_points, sliced_distance
+from games import Lines, Nudged, Script, batch_of, gradients, mlp, play, sigma_points, sliced_distance
 from laws import gaussian, mixture, seeded, spd
 
 from fewstep.denoiser import Denoiser, Reframed
@@ -17,23 +17,6 @@ from fewstep.train.pairs import Pairs
 
 UNIFORM = NoiseSampler(kind="uniform", low=0.001)
 PLAIN = {"levels": UNIFORM, "look": 0}
-
-
-class Lines(Denoiser):
-    """The flow whose ways are the lines from z to ``A z + b``: straight, and exact in one step."""
-
-    def __init__(self, matrix, offset):
-        super().__init__()
-        self.path = Straight()
-        self.matrix, self.offset = torch.nn.Parameter(matrix.clone()), torch.nn.Parameter(offset.clone())
-        self.shape = tuple(offset.shape)
-
-    def forward(self, x, t, cond=None, want="x0", s=None):
-        t = torch.as_tensor(t, dtype=x.dtype).expand(len(x)).view(-1, 1)
-        eye = torch.eye(len(self.offset), dtype=x.dtype)
-        between = (1 - t)[..., None] * self.matrix + t[..., None] * eye  # x_t = between z + (1 - t) b
-        z = torch.linalg.solve(between, (x - (1 - t) * self.offset)[..., None])[..., 0]
-        return self.path.convert(z @ self.matrix.T + self.offset, x, t[:, 0], "x0", want)
 
 
 def pairs_of_a_gaussian(folder, count=2048):

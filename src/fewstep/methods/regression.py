@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..denoiser import Reframed
+from ..denoiser import seen_on
 from ..losses import distance
 from ..method import Batch, Loss, Method, PairOptions
 from ..part import Part
@@ -65,8 +65,7 @@ class Regression(Method):
                 raise ValueError(f"guide_span wants 0 <= low <= high < 1, got {low} and {high}")
             if teacher is None:
                 raise ValueError("flow guidance needs a teacher: give one, or leave out guide")
-            if teacher.path != student.path:
-                self.teacher = Reframed(teacher, student.path)
+            self.teacher = seen_on(teacher, student.path)
 
     def loss(self, player: str, batch: Batch, rng: Source) -> Loss:
         if batch.target is None:
