@@ -58,6 +58,7 @@ METHODS = {
     "regression": {"name": "regression", "options": {"pairs": {"count": 40, "nfe": 2}}},
     "reflow": {"name": "reflow", "options": {"pairs": {"count": 40, "nfe": 2}, "anneal": 0.5, "look": 2}},
     "progressive": {"name": "progressive", "options": {"steps": 2, "finest": 8}},
+    "oftsr": {"name": "oftsr"},
     "dmd2": {"name": "dmd2", "options": {"critic_turns": 2, "gan": GAN}},
     "dmd2_weighted": {
         "name": "dmd2",
