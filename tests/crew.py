@@ -56,6 +56,9 @@ GAN = {"r1": 0.1, "r1_kind": "difference", "r1_every": 2, "width": 8}
 METHODS = {
     "denoising": {"name": "denoising"},
     "regression": {"name": "regression", "options": {"pairs": {"count": 40, "nfe": 2}}},
+    "reflow": {"name": "reflow", "options": {"pairs": {"count": 40, "nfe": 2}, "anneal": 0.5, "look": 2}},
+    "progressive": {"name": "progressive", "options": {"steps": 2, "finest": 8}},
+    "oftsr": {"name": "oftsr"},
     "dmd2": {"name": "dmd2", "options": {"critic_turns": 2, "gan": GAN}},
     "dmd2_weighted": {
         "name": "dmd2",
@@ -493,6 +496,29 @@ def terminated(folder):
     return killed(folder, signal.SIGTERM, count=4)
 
 
+def paired(folder):
+    """Pairs made by two processes: what each made, and whether both have all of them."""
+    import fewstep.train.pairs as module
+    from fewstep.denoiser import Counted
+    from fewstep.method import PairOptions
+    from fewstep.tasks import task_named
+
+    module.SHARD = 32
+    task = task_named("mixture", {"modes": 2, "classes": 2, "train_count": 50})
+    plan = PairOptions(count=160, solver="euler", nfe=1)
+
+    def make(place):
+        teacher = Counted(task.law)
+        pairs = Pairs(teacher, task, plan, place, teacher_hash="law")
+        return teacher.images, pairs.rows(torch.arange(160)).target
+
+    (one,) = Crew(1, lambda: make(folder / "one"), folder / "crew").results()
+    two = Crew(2, lambda: make(folder / "two"), folder / "crew").results()
+    again = Crew(2, lambda: make(folder / "two")[0], folder / "crew").results()
+    same = all(torch.equal(target, one[1]) for _, target in two)
+    return {"made": [count for count, _ in two], "same": same, "again": again}
+
+
 def pair_killed(folder):
     return killed(folder, size=2, count=3)
 
@@ -504,6 +530,7 @@ def pair_terminated(folder):
 SCENARIOS = {
     "equal": equal, "resumed": resumed, "killed": killed, "terminated": terminated, "pair_killed": pair_killed,
     "pair_terminated": pair_terminated, "bad_days": bad_days, "sampled": sampled, "measured": measured,
+    "paired": paired,
 }  # fmt: skip
 
 

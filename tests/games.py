@@ -74,6 +74,23 @@ class Nudged(Denoiser):
         return self.path.convert(value, x, t, self.space, want)
 
 
+class Lines(Denoiser):
+    """The flow whose ways are the lines from z to ``A z + b``: straight, and exact in one step."""
+
+    def __init__(self, matrix, offset):
+        super().__init__()
+        self.path = Straight()
+        self.matrix, self.offset = torch.nn.Parameter(matrix.clone()), torch.nn.Parameter(offset.clone())
+        self.shape = tuple(offset.shape)
+
+    def forward(self, x, t, cond=None, want="x0", s=None):
+        t = torch.as_tensor(t, dtype=x.dtype).expand(len(x)).view(-1, 1)
+        eye = torch.eye(len(self.offset), dtype=x.dtype)
+        between = (1 - t)[..., None] * self.matrix + t[..., None] * eye  # x_t = between z + (1 - t) b
+        z = torch.linalg.solve(between, (x - (1 - t) * self.offset)[..., None])[..., 0]
+        return self.path.convert(z @ self.matrix.T + self.offset, x, t[:, 0], "x0", want)
+
+
 def mlp(path=None, shape=(2,), *, width=32, depth=2, classes=None, reads_s=False, prediction="x0", seed=0, dtype=None):
     """A small network as a denoiser, with weights of its own seed."""
     path = path or Straight()

@@ -108,6 +108,8 @@ MATCHING = {
     "disback": {"critic_turns": 1, "backtrack": {"states": 2, "every": 2, "interval": 2}},  # stopped on its way
     "dmd2": {"critic_turns": 2},
     "f_distill": {"critic_turns": 1},
+    "ikl": {},
+    "phased_dmd": {"critic_turns": 1, "steps": 2, "phases": 2},
     "sid": {},
     "sim": {},
     "swiftbrush": {"guidance": 1.0},
@@ -121,11 +123,11 @@ def test_the_contract_is_asked_of_every_row_of_distribution_matching():
     assert rows == set(MATCHING)
 
 
-@pytest.mark.parametrize("method", ["regression", "consistency", "meanflow", *MATCHING])
+@pytest.mark.parametrize("method", ["regression", "reflow", "progressive", "consistency", "meanflow", *MATCHING])
 def test_a_stopped_run_that_goes_on_ends_bit_equal_to_one_that_was_not(method, tmp_path):
     section = {"name": method, "options": MATCHING.get(method, {})}
-    if method == "regression":
-        section = MIXTURE["method"]
+    if method in ("regression", "reflow"):
+        section = {**MIXTURE["method"], "name": method}
     recipe = changed(method=section, steps=10)
 
     def fit(run, resume=False, watch=None):

@@ -311,6 +311,11 @@ class Reframed(_Around):
         )
 
 
+def seen_on(denoiser: Any, path: Path) -> Any:
+    """A denoiser on a path: itself where it is its own, ``Reframed`` elsewhere; None stays None."""
+    return denoiser if denoiser is None or denoiser.path == path else Reframed(denoiser, path)
+
+
 class _Enough(Exception):
     """Raised inside a network once every wanted feature was seen."""
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from laws import seeded
 
-from fewstep.nets import build, config_of
+from fewstep.nets import build, config_of, inherited, parameters_of, resized
 from fewstep.nets.base import sinusoids
 
 KINDS = {
@@ -145,3 +145,73 @@ def test_a_transformer_knows_where_its_patches_are():
     with torch.no_grad():
         moved = net(x.roll(2, 3), time).roll(-2, 3)
         assert not torch.allclose(moved, net(x, time), atol=1e-4)
+
+
+# -- sizes --------------------------------------------------------------------------------------
+
+LARGER = {
+    "mlp": {"kind": "mlp", "shape": (3,), "width": 64, "depth": 4},
+    "dit": {"kind": "dit", "shape": (1, 8, 8), "width": 64, "depth": 4, "heads": 4},
+    "unet": {"kind": "unet", "shape": (1, 8, 8), "widths": (32, 64), "depth": 2, "head_width": 32},
+}
+every_larger = pytest.mark.parametrize("kind", LARGER.values(), ids=LARGER)
+
+
+@every_larger
+@pytest.mark.parametrize("size", [0.5, 0.25, 0.1])
+def test_a_smaller_network_has_at_most_the_share_of_parameters_and_no_wider_one_has(kind, size):
+    whole = config_of(kind)
+    small = resized(whole, size)
+    assert parameters_of(small) == sum(p.numel() for p in build(small).parameters()) <= size * parameters_of(whole)
+    top, step = small.widest()
+    assert parameters_of(whole.scaled(top + whole.widest()[1], small.depth)) > size * parameters_of(whole)
+    assert small.depth <= whole.depth and top < whole.widest()[0]
+    x = torch.zeros(2, *small.shape)
+    assert build(small)(x, torch.ones(2)).shape == x.shape
+
+
+def test_a_size_that_is_none_or_that_no_network_has_is_refused():
+    whole = config_of(KINDS["mlp"])
+    assert resized(whole, 1.0) is whole
+    for size in (0.0, 1.5):
+        with pytest.raises(ValueError, match=r"share of the parameters in \(0, 1\]"):
+            resized(whole, size)
+    with pytest.raises(ValueError, match="take a larger size"):
+        resized(whole, 1e-4)
+
+
+@every_larger
+def test_a_network_of_equal_size_inherits_everything_and_a_smaller_one_even_channels(kind):
+    whole = made(kind, classes=3)
+    twin = build(whole.config)
+    assert inherited(twin, whole) == len(whole.state_dict())
+    assert all(torch.equal(v, twin.state_dict()[k]) for k, v in whole.state_dict().items())
+    half = build(whole.config.scaled(whole.config.widest()[0] // 2, whole.config.depth))
+    taken = inherited(half, whole)
+    assert taken == len(half.state_dict())
+    for name, own in half.state_dict().items():
+        value = whole.state_dict()[name]
+        for side, length in enumerate(own.shape):
+            assert value.shape[side] in (length, 2 * length) or "norm" in name
+            value = value.index_select(side, torch.arange(0, value.shape[side], value.shape[side] // length))
+        assert torch.equal(own, value), name
+
+
+def test_what_a_smaller_network_inherits_is_a_start():
+    """On a task that the larger one has learned the smaller one begins better than a fresh one."""
+    torch.manual_seed(0)
+    whole = build({"kind": "mlp", "shape": (4,), "width": 64, "depth": 2})
+    fresh, heir = (build({"kind": "mlp", "shape": (4,), "width": 48, "depth": 2}) for _ in range(2))
+    x, time = torch.randn(256, 4, generator=seeded(0)), torch.ones(256)
+    wanted = x.roll(1, 1) * 2 + 1
+    optimiser = torch.optim.Adam(whole.parameters(), 1e-2)
+    for _ in range(200):
+        optimiser.zero_grad()
+        (whole(x, time) - wanted).square().mean().backward()
+        optimiser.step()
+    inherited(heir, whole)
+    with torch.no_grad():
+        errors = {
+            name: (net(x, time) - wanted).square().mean().item() for name, net in (("heir", heir), ("fresh", fresh))
+        }
+    assert errors["heir"] < 0.8 * errors["fresh"], errors

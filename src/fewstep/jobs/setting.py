@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path as File
 from typing import Any
 
+from ..adapters import twin
 from ..denoiser import Denoiser, Guided, Reframed
 from ..errors import Refused
 from ..method import Method
-from ..student import Student
+from ..student import Student, frozen
 from ..tasks import task_named
 from ..tasks.base import Picked, Task
 from ..tasks.encoded import Encoded
@@ -178,6 +179,12 @@ def _picture_side(teacher: Any) -> tuple[int, int]:
 def size_text(shape: Sequence[int]) -> str:
     """A shape as people write it: 1x8x8."""
     return "x".join(map(str, shape))
+
+
+def taught_by(student: Student, setting: Setting) -> Setting:
+    """The setting of a stage whose teacher is the student so far: what its own teacher was guided by is in it."""
+    denoiser = frozen(twin(student.denoiser))
+    return replace(setting, teacher=None, denoiser=denoiser, raw=denoiser)
 
 
 def game(recipe: Recipe, setting: Setting, student: Student) -> Method:

@@ -7,7 +7,6 @@ import json
 import platform
 import shlex
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path as File
 from typing import Any
@@ -22,6 +21,7 @@ from ..rng import Rng, mix
 from ..student import Student
 from ..tasks.base import Task
 from ..tasks.encoded import Encoded
+from ..tasks.shards import cache_folder
 from ..train.build import inner_of, make_student, method_class, method_options
 from ..train.pairs import Pairs
 from ..train.processes import after_first, again, alone, world
@@ -30,7 +30,7 @@ from ..train.store import load_state, open_state, save_state, sweep, write_text
 from ..train.trainer import Nobody, Trainer, Watch, newest
 from .bits import bits_of_run
 from .consent import consent
-from .setting import Setting, game, prepare
+from .setting import Setting, game, prepare, taught_by
 
 
 def _open_run(
@@ -105,21 +105,24 @@ def _learn(
                     value.copy_(done[0][name])
             spent = done[1]
         else:
-            method = game(part, setting, fresh)
+            within, teaches = setting, _teacher_of_pairs(recipe, made_of.get("teacher", ""))
+            if student is not None and recipe.stages[index - 1].teacher == "previous":
+                within = taught_by(student, setting)
+                teaches = _teacher_hash(within)
+            method = game(part, within, fresh)
             if index == 0 and not resume and open_run is not None:
                 open_run()
-            began = time.perf_counter()
             wanted = method.pairs()
             pairs = None
-            if wanted is not None and setting.denoiser is not None:
+            if wanted is not None and within.denoiser is not None:
                 watch.start("pairs", wanted.count)
                 pairs = Pairs(
-                    setting.denoiser.to(device), setting.task, wanted, run / "pairs",
-                    teacher_hash=made_of["teacher"], seed=recipe.seed, device=device,
+                    within.denoiser.to(device), setting.task, wanted, run if verb == "plan" else cache_folder(),
+                    teacher_hash=teaches, seed=recipe.seed, device=device,
                     watch=lambda count: watch.advance("pairs", count),
                 )  # fmt: skip
                 watch.finish("pairs")
-            made = time.perf_counter() - began
+            made = 0.0 if pairs is None else pairs.seconds / world().size  # pairs that were found count as well
             trainer = Trainer(
                 recipe, run, stage=index, device=device, watch=watch, resume_line=resume_line, made_of=made_of
             )
@@ -138,6 +141,12 @@ def _learn(
         shutil.rmtree(run / "checkpoints", ignore_errors=True)
     assert student is not None
     return student.requires_grad_(False), facts
+
+
+def _teacher_of_pairs(recipe: Recipe, weights: str) -> str:
+    """All of a teacher that its pairs depend on beside its denoiser: weights, and how its pipeline is called."""
+    section = recipe.teacher
+    return weights if section is None else f"{weights} {section.model_dump_json(exclude={'source'})}"
 
 
 def _inherit(fresh: Student, old: Student) -> None:

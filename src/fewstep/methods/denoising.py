@@ -93,12 +93,17 @@ class FlowMatching(Method):
     makes = "teacher"
 
     def loss(self, player: str, batch: Batch, rng: Source) -> Loss:
-        path, options = self.student.path, self.options
-        t = options.levels.on(path)(batch.data, rng)
-        x_t = path.corrupt(batch.data, t, batch.noise)
-        cond = drop_condition(self.student.denoiser, batch.cond, x_t, options.drop, rng)
-        guess = self.student(x_t, t, path.t_min, cond, "velocity")
-        return Loss.mean({"flow": squared_error(guess, straight_rate(path, batch.data, batch.noise, t))})
+        options = self.options
+        t = options.levels.on(self.student.path)(batch.data, rng)
+        cond = drop_condition(self.student.denoiser, batch.cond, batch.data, options.drop, rng)
+        return Loss.mean({"flow": velocity_error(self.student, batch.data, batch.noise, t, cond)})
+
+
+def velocity_error(student: Any, x0: Tensor, eps: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    """``||v(x_t, t) - dx_t / dt||^2`` on the line that joins each pair, a mean a row: [batch]."""
+    path = student.path
+    guess = student(path.corrupt(x0, t, eps), t, path.t_min, cond, "velocity")
+    return squared_error(guess, straight_rate(path, x0, eps, t))
 
 
 def straight_rate(path: Path, x0: Tensor, eps: Tensor, t: Time) -> Tensor:

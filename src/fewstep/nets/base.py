@@ -16,6 +16,15 @@ class NetConfig(Part):
     """The base of a network's description; ``kind`` names the class."""
 
     kind: str
+    depth: int = 1
+
+    def widest(self) -> tuple[int, int]:
+        """The largest width, and the step in which widths can be chosen."""
+        raise ValueError(f"networks of kind {self.kind!r} come in one size")
+
+    def scaled(self, width: int, depth: int) -> NetConfig:
+        """The same network with another largest width, the others in proportion, and another depth."""
+        raise ValueError(f"networks of kind {self.kind!r} come in one size")
 
 
 class Net(nn.Module):

@@ -33,6 +33,15 @@ class DiTConfig(NetConfig):
             raise ValueError(f"a picture of {self.shape[1]}x{self.shape[2]} has no whole patches of {self.patch}")
         return self
 
+    def widest(self) -> tuple[int, int]:
+        return self.width, 4
+
+    def scaled(self, width: int, depth: int) -> DiTConfig:
+        """Heads stay as wide as they are, or become wider: the largest number that divides the width."""
+        most = max(1, self.heads * width // self.width)
+        heads = next(h for h in range(most, 0, -1) if width % h == 0)
+        return self.model_copy(update={"width": width, "depth": depth, "heads": heads})
+
 
 class _Block(nn.Module):
     def __init__(self, width: int, heads: int) -> None:

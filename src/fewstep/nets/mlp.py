@@ -23,6 +23,12 @@ class MLPConfig(NetConfig):
     classes: int | None = None
     reads_s: bool = False
 
+    def widest(self) -> tuple[int, int]:
+        return self.width, 2
+
+    def scaled(self, width: int, depth: int) -> MLPConfig:
+        return self.model_copy(update={"width": width, "depth": depth})
+
 
 class _Block(nn.Module):
     """``x + W2 silu(W1 norm(x) + e)``."""

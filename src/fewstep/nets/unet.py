@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any, Literal
 
 import torch
@@ -49,6 +50,24 @@ class UNetConfig(NetConfig):
                 f"a picture of {self.shape[1]}x{self.shape[2]} cannot be halved to {len(self.widths)} levels"
             )
         return self
+
+    def widest(self) -> tuple[int, int]:
+        return max(self.widths), math.gcd(self.groups, 4)
+
+    def scaled(self, width: int, depth: int) -> UNetConfig:
+        """Widths in proportion, rounded to the step of ``widest``; groups and heads as large as still divide them."""
+        top, step = self.widest()
+        widths = tuple(max(step, round(w * width / top / step) * step) for w in self.widths)
+        attended = [w for w, yes in zip(widths, self.attention, strict=True) if yes]
+        heads = [*attended, widths[-1]] if self.mid_attention else attended
+        return self.model_copy(
+            update={
+                "widths": widths,
+                "depth": depth,
+                "groups": math.gcd(self.groups, *widths),
+                "head_width": math.gcd(self.head_width, *heads) if heads else self.head_width,
+            }
+        )
 
     def to_diffusers(self) -> dict[str, Any]:
         """The same network as arguments of ``UNet2DModel``; ValueError where it has no such form."""

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path as File
 from typing import Any
@@ -17,6 +18,8 @@ from ..errors import Failed
 
 VARIABLE = "FEWSTEP_CACHE"
 FORMAT = 1
+ABANDONED = 3600.0
+"""Seconds after which a half-written shard is one that a kill left."""
 
 
 def cache_folder() -> File:
@@ -32,7 +35,8 @@ class Shards:
     ``facts`` name all that the rows depend on: their hash is the folder's name, so that a changed encoder or changed
     data never meets old rows. A shard is written aside and renamed, and carries the hash of its bytes: one that is
     whole is not made again, one that is damaged is. Shards are mapped, not read: only the rows that are asked for are
-    in memory. Without a folder they are kept in memory.
+    in memory. Without a folder they are kept in memory. ``seconds`` is what making the rows took that were looked at,
+    whoever made them.
     """
 
     def __init__(
@@ -51,9 +55,19 @@ class Shards:
         self.folder = None if folder is None else folder / f"{what}-{self.key[:32]}"
         self.made = 0
         self._open: dict[int, dict[str, Tensor]] = {}
+        self._seconds: dict[int, float] = {}
 
     def __len__(self) -> int:
         return self.count
+
+    @property
+    def number(self) -> int:
+        """How many shards there are."""
+        return -(-self.count // self.size)
+
+    @property
+    def seconds(self) -> float:
+        return sum(self._seconds.values())
 
     def __getitem__(self, index: Tensor | slice) -> Any:
         if isinstance(index, slice):
@@ -71,28 +85,42 @@ class Shards:
 
     def fill(self, watch: Callable[[int], None] | None = None) -> None:
         """Make every shard that is missing or damaged; ``watch`` is told how many rows are there."""
-        for number in range(-(-self.count // self.size)):
+        for number in range(self.number):
             self.shard(number)
             if watch is not None:
                 watch(min((number + 1) * self.size, self.count))
 
     def shards(self) -> Iterator[dict[str, Tensor]]:
         """All shards, in their order."""
-        for number in range(-(-self.count // self.size)):
+        for number in range(self.number):
             yield self.shard(number)
 
     def shard(self, number: int) -> dict[str, Tensor]:
-        if number not in self._open:
-            begin, end = number * self.size, min((number + 1) * self.size, self.count)
-            file = None if self.folder is None else self.folder / f"{begin:08d}-{end:08d}.safetensors"
-            found = None if file is None else self._read(file, end - begin)
-            if found is None:
-                found = self._made(begin, end)
-                if file is not None:
-                    self._write(file, found)
-                    found = self._read(file, end - begin) or found
+        """The rows of a shard, made where it is missing or damaged."""
+        found = self.found(number)
+        if found is None:
+            begin, end, file = self._place(number)
+            began = time.perf_counter()
+            found = self._made(begin, end)
+            self._seconds[number] = time.perf_counter() - began
+            if file is not None:
+                self._write(file, found, self._seconds[number])
+                found = self._read(number) or found
             self._open[number] = found
+        return found
+
+    def found(self, number: int) -> dict[str, Tensor] | None:
+        """The rows of a shard that is there and whole; None for another."""
+        if number not in self._open:
+            rows = self._read(number)
+            if rows is None:
+                return None
+            self._open[number] = rows
         return self._open[number]
+
+    def _place(self, number: int) -> tuple[int, int, File | None]:
+        begin, end = number * self.size, min((number + 1) * self.size, self.count)
+        return begin, end, None if self.folder is None else self.folder / f"{begin:08d}-{end:08d}.safetensors"
 
     @torch.no_grad()
     def _made(self, begin: int, end: int) -> dict[str, Tensor]:
@@ -107,13 +135,18 @@ class Shards:
                 raise ValueError(f"rows of {name!r} differ in shape, {sorted(found)}: pad them to one length")
         return {name: torch.cat([part[name].detach().cpu() for part in parts]).contiguous() for name in parts[0]}
 
-    def _write(self, file: File, rows: dict[str, Tensor]) -> None:
+    def _write(self, file: File, rows: dict[str, Tensor], seconds: float) -> None:
         from safetensors.torch import save_file
 
         aside = file.with_name(f".{file.name}.{os.getpid()}.part")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            save_file(rows, aside, metadata={"key": self.key, "sha256": tensors_hash(rows)})
+            for left in file.parent.glob(".*.part"):
+                with contextlib.suppress(OSError):
+                    if time.time() - left.stat().st_mtime > ABANDONED:
+                        left.unlink()
+            about = {"key": self.key, "sha256": tensors_hash(rows), "seconds": f"{seconds:.3f}"}
+            save_file(rows, aside, metadata=about)
             with aside.open("rb") as stream:
                 os.fsync(stream.fileno())
             os.replace(aside, file)
@@ -123,17 +156,24 @@ class Shards:
             reason = getattr(error, "strerror", None) or str(error)
             raise Failed(f"could not keep {file}: {reason}; set {VARIABLE} to a folder with room") from None
 
-    def _read(self, file: File, count: int) -> dict[str, Tensor] | None:
+    def _read(self, number: int) -> dict[str, Tensor] | None:
         from safetensors import SafetensorError, safe_open
 
+        begin, end, file = self._place(number)
+        if file is None:
+            return None
         try:
             with safe_open(str(file), framework="pt") as tensors:
                 about = tensors.metadata() or {}
                 rows = {name: tensors.get_tensor(name) for name in tensors.keys()}
+            seconds = float(about.get("seconds", 0.0))
         except (SafetensorError, OSError, ValueError):
             return None
-        whole = about.get("key") == self.key and rows and all(len(value) == count for value in rows.values())
-        return rows if whole and about.get("sha256") == tensors_hash(rows) else None
+        whole = about.get("key") == self.key and rows and all(len(value) == end - begin for value in rows.values())
+        if not whole or about.get("sha256") != tensors_hash(rows):
+            return None
+        self._seconds[number] = seconds
+        return rows
 
 
 def tensors_hash(tensors: Mapping[str, Tensor], about: str = "") -> str:

@@ -19,7 +19,7 @@ from ..adapters import adopt, attach, learn, share, shared, twin
 from ..denoiser import Denoiser, Reframed, Wrapped, clock_of
 from ..errors import Refused
 from ..method import Method
-from ..nets import Experts, ExpertsConfig, Net, build
+from ..nets import Experts, ExpertsConfig, Net, build, inherited, resized
 from ..path import Path, Straight
 from ..registry import METHODS
 from ..student import Student
@@ -95,11 +95,15 @@ def make_student(recipe: Recipe, task: Task, teacher: Denoiser | None, shape: tu
     options = method_options(recipe.method, recipe, task)
     if section.lora is not None and section.net is not None:
         raise Refused("student.lora is trained on the teacher's network: leave out student.net, or student.lora")
+    if section.size != 1 and (section.net is not None or section.lora is not None):
+        raise Refused("student.size is of a copy of the teacher: leave it out, or student.net and student.lora")
     if section.net is not None:
         denoiser = _own(recipe, task, teacher, cls)
     elif isinstance(inner_of(teacher), Wrapped):
         original = cast(Denoiser, teacher)
         denoiser = copy.deepcopy(original) if section.lora is None else share(original)
+        if section.size != 1:
+            _shrink(denoiser, section.size)
     else:
         raise Refused(f"method {cls.name!r} needs a network to train: give [student] net = {{ kind = ... }}")
     if cls.flow_map:
@@ -160,6 +164,23 @@ def _own(recipe: Recipe, task: Task, teacher: Denoiser | None, cls: type[Method]
         )
     except ValueError as error:
         raise Refused(f"student: {error}") from None
+
+
+def _shrink(denoiser: Denoiser, size: float) -> None:
+    """Put a smaller network of the same kind in the place of a denoiser's, in place."""
+    wrapped = inner_of(denoiser)
+    whole = wrapped.net
+    if not isinstance(whole, Net):
+        raise Refused(
+            f"student.size chooses widths and depths of this package's networks, and {type(whole).__name__} is none: "
+            "give [student] net = { kind = ... }"
+        )
+    try:
+        small = build(resized(whole.config, size))
+    except ValueError as error:
+        raise Refused(f"student.size: {error}") from None
+    inherited(small, whole)
+    wrapped.net = small.to(next(whole.parameters()).device)
 
 
 def straightened(denoiser: Denoiser) -> Denoiser:

@@ -2,36 +2,46 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path as File
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..cond import Cond
 from ..cond import rows as rows_of
-from ..denoiser import Denoiser
+from ..denoiser import Counted, Denoiser
 from ..errors import Failed
 from ..grid import grid
 from ..method import Batch, PairOptions
 from ..rng import Rng, mix
 from ..solvers import sample, solver_named, start_noise, steps_of
-from ..tasks.base import Task, epoch_rows
+from ..tasks.base import Picked, Task, epoch_rows
+from ..tasks.shards import Shards, tensors_hash
 from .processes import gather, world
-from .store import load_state, save_state
 
 SHARD = 2048
+"""Rows of a shard of small samples: what a kill loses at most."""
+
+NUMBERS = 2**20
+"""Numbers of one sample kind in a shard; larger samples have fewer rows a shard."""
+
+FORMAT = 2
+"""Counted up when the same facts give other pairs."""
 
 
 class Pairs:
-    """Pairs in memory, read from shards that are made where they are missing.
+    """Pairs on disk, mapped; shards that are missing are made.
 
-    The folder's name is the hash of all that the pairs depend on, so a changed teacher or plan never meets
-    old pairs; a run that was stopped goes on at the first missing shard. Several processes share the work, and the
-    folder.
+    They stand in the cache that latents have as well (``tasks.shards``), named by the hash of all that a pair
+    depends on: the teacher's weights and what is wrapped around them, the sampler with its times, the conditions,
+    the seed. So a changed teacher, guidance or plan never meets old pairs, every method and run that wants the same
+    ones finds them, and a run that was stopped goes on at the first missing shard. How many are wanted is no part of
+    the name: more pairs go on from fewer. Several processes share the work, and the folder.
+
+    ``teacher_hash`` is of the teacher's weights and of whatever else changes its answers and does not show in the
+    denoiser (a pipeline's arguments). ``seconds`` is what making them took, now or when they were made.
     """
 
     def __init__(
@@ -39,7 +49,7 @@ class Pairs:
         teacher: Denoiser,
         task: Task,
         options: PairOptions,
-        folder: File,
+        folder: File | None,
         *,
         teacher_hash: str,
         seed: int = 0,
@@ -48,70 +58,100 @@ class Pairs:
     ) -> None:
         solver = solver_named(options.solver)
         times = grid(teacher.path, steps_of(solver, options.nfe), options.grid)
+        size = SHARD
+        while size > 32 and size * torch.Size(task.shape).numel() > NUMBERS:
+            size //= 2
+
+        def make(rows: range) -> dict[str, Tensor]:
+            return made(teacher, task, solver, times, len(rows), mix(seed, "pairs", rows.start // size), device)
+
         facts = {
+            "format": FORMAT,
             "teacher": teacher_hash,
-            "options": options.model_dump(),
+            "around": around(teacher, task),
+            "options": options.model_dump(mode="json", exclude={"count"}),
             "times": times.tolist(),
+            "conditions": conditions_hash(task),
             "seed": seed,
             "shape": list(task.shape),
+            "size": size,
+            "device": torch.device(device).type,  # others round otherwise
         }
-        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-        self.folder = folder / f"pairs-{digest}"
-        held: dict[int, dict[str, Tensor]] = {}
-        shards = list(enumerate(range(0, options.count, SHARD)))
-        for shard, begin in world().mine(shards):
-            count = min(SHARD, options.count - begin)
-            place = self.folder / f"{shard:05d}"
-            found = load_state(place)
-            if found is None:
-                held[shard] = self._make(teacher, task, solver, times, count, mix(seed, "pairs", shard), device)
-                save_state(place, held[shard], facts)
-            else:
-                held[shard] = found[0]
+        self.shards = Shards("pairs", facts, options.count, make, folder=folder, size=size, batch=size)
+        every = range(self.shards.number)
+        for number in world().mine(every):
+            self.shards.shard(number)
             if watch is not None:
-                watch(begin + count)
+                watch(min((number + 1) * size, options.count))
         gather(None)  # whoever is done waits for the others
-        for shard, _ in shards:
-            if shard not in held:
-                found = load_state(self.folder / f"{shard:05d}")
-                if found is None:
-                    raise Failed(f"{self.folder} lacks pairs of another process: all need one folder to share")
-                held[shard] = found[0]
-        parts = [held[shard] for shard, _ in shards]
-        self.noise, self.target = (torch.cat([p[k] for p in parts]) for k in ("noise", "target"))
-        keys = [k for k in parts[0] if k.startswith("cond")]
-        joined = {k: torch.cat([p[k] for p in parts]) for k in keys}
-        self.cond: Cond = None
-        if keys:
-            self.cond = joined["cond"] if keys == ["cond"] else {k[5:]: v for k, v in joined.items()}
-
-    @staticmethod
-    @torch.inference_mode()
-    def _make(
-        teacher: Denoiser, task: Task, solver: Any, times: Tensor, count: int, seed: int, device: torch.device | str
-    ) -> dict[str, Tensor]:
-        rng = Rng(seed, device=device)
-        noise = rng.normal((count, *task.shape))
-        index = torch.randint(len(task.train), (count,), generator=rng.shared)
-        cond = rows_of(task.train.cond, index)
-        ends = []
-        for part in torch.arange(count).split(512):
-            x = start_noise(teacher.path, float(times[0]), noise[part])
-            ends.append(sample(teacher, x, times, solver, cond=rows_of(cond, part), rng=rng.generator))
-        made = {"noise": noise.cpu(), "target": torch.cat(ends).cpu()}
-        if isinstance(cond, dict):
-            made.update({f"cond.{k}": v.cpu() for k, v in cond.items()})
-        elif cond is not None:
-            made["cond"] = cond.cpu()
-        return made
+        for number in every:
+            if self.shards.found(number) is None:
+                raise Failed(f"{self.shards.folder} lacks pairs of another process: all need one folder to share")
+        self.seconds = self.shards.seconds
 
     def __len__(self) -> int:
-        return len(self.noise)
+        return len(self.shards)
 
     def batch(self, size: int, seed: int, step: int, rows: tuple[int, int] | None = None) -> Batch:
         """The pairs of a step: a pure function of (seed, step); with ``rows`` (start, stop) a part of them."""
         index = epoch_rows(len(self), size, mix(seed, "pairs"), step)
         if rows is not None:
             index = index[slice(*rows)]
-        target = self.target[index]
-        return Batch(target, rows_of(self.cond, index), self.noise[index], target)
+        return self.rows(index)
+
+    def rows(self, index: Tensor) -> Batch:
+        """Some of the pairs, by number."""
+        found = self.shards[index]
+        cond: Cond = {k[5:]: v for k, v in found.items() if k.startswith("cond.")} or found.get("cond")
+        return Batch(found["target"], cond, found["noise"], found["target"])
+
+
+@torch.inference_mode()
+def made(
+    teacher: Denoiser, task: Task, solver: Any, times: Tensor, count: int, seed: int, device: torch.device | str
+) -> dict[str, Tensor]:
+    """The rows of one shard: noise, where the sampler took it, and the condition under which."""
+    rng = Rng(seed, device=device)
+    noise = rng.normal((count, *task.shape))
+    index = torch.randint(len(task.train), (count,), generator=rng.shared)
+    held = task.train.held_cond
+    cond = rows_of(held, index) if held is None or isinstance(held, Tensor | dict) else held[index]
+    ends = []
+    for part in torch.arange(count).split(512):
+        x = start_noise(teacher.path, float(times[0]), noise[part])
+        ends.append(sample(teacher, x, times, solver, cond=rows_of(cond, part), rng=rng.generator))
+    found = {"noise": noise.cpu(), "target": torch.cat(ends).cpu()}
+    if isinstance(cond, dict):
+        found.update({f"cond.{k}": v.cpu() for k, v in cond.items()})
+    elif cond is not None:
+        found["cond"] = cond.cpu()
+    return found
+
+
+def around(denoiser: Any, task: Task) -> list[str]:
+    """What turns a teacher's weights into its guesses: wrappers with their settings, and what guidance is against."""
+    found: list[str] = []
+    first = torch.zeros(1, dtype=torch.long)
+    while isinstance(denoiser, nn.Module):
+        if not isinstance(denoiser, Counted):
+            plain = {k: v for k, v in vars(denoiser).items() if isinstance(v, str | int | float | tuple | None)}
+            settings = sorted((k, v) for k, v in plain.items() if k[:1] != "_" and k != "training")
+            path = getattr(denoiser, "path", None)
+            found.append(f"{type(denoiser).__name__} {settings} {'' if path is None else path.model_dump_json()}")
+            negative = getattr(denoiser, "negative", None)
+            if callable(negative):
+                cond = negative(task.train.rows(first).cond)
+                found.append(tensors_hash(cond if isinstance(cond, dict) else {} if cond is None else {"": cond}))
+        denoiser = getattr(denoiser, "inner", None)
+    return found
+
+
+def conditions_hash(task: Task) -> str | None:
+    """SHA-256 of the conditions that pairs draw from, without making those that are made when they are asked for."""
+    held = task.train.held_cond
+    if held is None:
+        return None
+    if isinstance(held, Picked) and isinstance(held.source, Shards):
+        return tensors_hash({"index": held.index}, held.source.key)
+    whole = held if isinstance(held, Tensor | dict) else held[:]
+    return tensors_hash(whole if isinstance(whole, dict) else {"": whole})

@@ -48,6 +48,12 @@ class StudentSection(Part):
     """What learns. Left out, the student is a copy of the teacher."""
 
     net: dict[str, Any] | None = Field(None, description="a network of its own (kind = unet, mlp or dit)")
+    size: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of the teacher's parameters: fewer, narrower layers that begin as a part of its",
+    )
     path: AnyPath | None = Field(None, description="its path; None: the teacher's")
     prediction: str | None = Field(None, description="what the network predicts; None: as the teacher's")
     clock: str | None = None
@@ -185,6 +191,9 @@ class Stage(Part):
 
     steps: int = Field(ge=1, le=10**9)
     batch: int | None = Field(None, ge=1, le=2**20)
+    teacher: Literal["same", "previous"] = Field(
+        "same", description="who teaches, and makes the pairs: the recipe's teacher, or the student of the part before"
+    )
     method: MethodSection
     optim: OptimSection | None = None
     schedule: ScheduleSection | None = None
@@ -241,6 +250,11 @@ class Recipe(Part):
             del plain["parallel"]["shard"]
         if self.checkpoint.best:
             plain["checkpoint"] = {"best": True}
+        if self.student.size == 1:
+            del plain["student"]["size"]
+        for stage in plain["stages"]:
+            if stage["teacher"] == "same":
+                del stage["teacher"]
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
