@@ -7,10 +7,9 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..cond import Cond, rows
+from ..derivative import Derivative, along_flow
 from ..method import Batch, Loss, Method
 from ..part import Part
 from ..path import NoiseSampler, Path, Straight, column
@@ -27,7 +26,7 @@ class MeanFlowOptions(Part):
     jumps: float = Field(0.5, ge=0, le=1, description="share of rows with s < t; the others learn the velocity")
     power: float = Field(0.75, ge=0, description="adaptive weight 1 / (||error||^2 + c)^power; 0: plain squares")
     c: float = Field(0.01, gt=0, description="added to the squared error in the adaptive weight")
-    derivative: Literal["exact", "difference"] = Field(
+    derivative: Derivative = Field(
         "exact", description="forward-mode derivative, or a central difference where attention has none"
     )
     step: float = Field(5e-3, gt=0, description="of the central difference, in time")
@@ -85,31 +84,17 @@ class MeanFlow(Method):
         weight = (error.detach() + options.c) ** -options.power
         return Loss.mean({"meanflow": weight * error})
 
-    @torch.no_grad()
     def derivative(self, x: Tensor, t: Tensor, s: Tensor, v: Tensor, cond: Cond) -> Tensor:
         """``du/dt`` along the flow: tangents v for x, 1 for t, 0 for s."""
 
-        def u(x: Tensor, t: Tensor) -> Tensor:
+        def u(x: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:
             guess: Tensor = self.student(x, t, s, cond, "average_velocity")
             return guess
 
-        if self.options.derivative == "exact":
-            # fused attention has no forward-mode derivative; dual numbers cost less than torch.func.jvp's layers
-            with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
-                value = u(forward_ad.make_dual(x, v), forward_ad.make_dual(t, torch.ones_like(t)))
-                rate: Tensor | None = forward_ad.unpack_dual(value).tangent
-            return torch.zeros_like(x) if rate is None else rate
-        high = torch.clamp(t + self.options.step, max=self.student.path.t_max)
-        low = torch.maximum(t - self.options.step, s)
-        both = self.student(
-            torch.cat([x + column(high - t, x) * v, x + column(low - t, x) * v]),
-            torch.cat([high, low]),
-            torch.cat([s, s]),
-            rows(cond, torch.arange(len(x), device=x.device).repeat(2)),
-            "average_velocity",
-        )
-        ahead, behind = both.chunk(2)
-        return (ahead - behind) / column((high - low).clamp(min=1e-6), x)
+        return along_flow(
+            u, x, t, s, v, cond,
+            kind=self.options.derivative, step=self.options.step, low=s, high=self.student.path.t_max,
+        )  # fmt: skip
 
     @classmethod
     def student_options(cls, options: Any, path: Path) -> dict[str, Any]:
