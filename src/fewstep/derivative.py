@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -51,3 +51,25 @@ def along_flow(
     )
     ahead, behind = both.chunk(2)
     return (ahead - behind) / column((later - earlier).clamp(min=1e-6), x)
+
+
+@torch.no_grad()
+def still_fast_waves(module: nn.Module, count: int) -> None:
+    """Silence the ``count`` fastest sine and cosine waves that every time embedding of a network reads.
+
+    A network that learned at many levels hardly uses them (its guesses move by a thousandth), but they carry most of
+    its derivative in time where the clock runs fast (``250 log_sigma``, ``1000t``): methods that learn from that
+    derivative then learn from noise. Embeddings are the modules named ``time_embedding`` with a ``linear_1`` over
+    cosines and sines, fastest first in each half, as in diffusers. ValueError where there is none.
+    """
+    found = False
+    for name, part in module.named_modules():
+        first = getattr(part, "linear_1", None)
+        if name.split(".")[-1] == "time_embedding" and isinstance(first, nn.Linear):
+            half, found = first.in_features // 2, True
+            if count >= half:
+                raise ValueError(f"still = {count} would leave no wave of {half}: pass fewer")
+            first.weight[:, :count] = 0
+            first.weight[:, half : half + count] = 0
+    if not found:
+        raise ValueError("this network has no time embedding of waves to still: pass still = 0")

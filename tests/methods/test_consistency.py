@@ -154,7 +154,8 @@ def test_levels_double_at_the_steps_of_the_paper():
 
 
 def test_pairs_of_levels_follow_the_log_normal_of_sigma():
-    game = Consistency(None, Student(mlp(EDM), (2,)), ConsistencyOptions(mode="training", mean=-1.1, std=2.0))
+    given = ConsistencyOptions(mode="training", mean=-1.1, std=2.0, anchor=False)
+    game = Consistency(None, Student(mlp(EDM), (2,)), given)
     times, mass = game.levels(EDM)
     assert len(times) == 11
     assert times[0].item() == pytest.approx(0.02)
@@ -185,27 +186,37 @@ def test_both_levels_of_a_pair_are_drawn_as_often_as_they_should_be(path):
         assert seen.count(pair) / len(seen) == pytest.approx(share, abs=0.02)
 
 
-def test_the_lowest_level_is_its_own_end_where_the_network_says_otherwise():
-    """The boundary condition in the loss; a network with the boundary at the lowest level needs no help."""
-    batch = batch_of(16)
+@pytest.mark.parametrize("mode", ["training", "distillation"])
+def test_the_data_is_the_first_level_and_its_own_guess(mode):
+    """One pair: the aim is the clean sample, or the teacher's guess of it; no network is asked below."""
+    law, batch = gaussian(path=EDM), law_batch(gaussian(), 16)
+    student = Student(mlp(EDM, dtype=torch.float64), (2,))
+    game = Consistency(law, student, options(2, mode=mode, anchor=True))
+    times, mass = game.levels(EDM)
+    assert times[:2].tolist() == pytest.approx([0.0, 0.02])
+    edges = torch.distributions.Normal(-1.1, 2.0).cdf(times.clamp(min=1e-300).log())
+    assert torch.allclose(mass, edges.diff() / edges.diff().sum())
+    game.levels = lambda path: (times[:2], torch.ones(1))
+    x = EDM.corrupt(batch.data, 0.02, batch.noise)
+    aim = batch.data if mode == "training" else law(x, 0.02)
+    wanted = (student(x, 0.02, 0.0) - aim).square().mean()
+    assert game.loss("student", batch, Rng(0)).total.item() == pytest.approx(wanted.item(), rel=1e-9)
 
-    def losses(boundary):
-        torch.manual_seed(0)
-        net = build({"kind": "mlp", "shape": (2,), "width": 16})
-        student = Student(Wrapped(net, EDM, "cm", "250 log_sigma", scale_input=True, boundary=boundary), (2,))
-        given = [options(2, mode="training", anchor=anchor) for anchor in (True, False)]
-        games = [Consistency(None, student, one) for one in given]
-        for game in games:
-            game.levels = lambda path: (EDM.sigma_min * torch.tensor([1.0, 20.0]).double(), torch.ones(1).double())
-        return [game.loss("student", batch, Rng(0)).total.item() for game in games], student
 
-    (anchored, free), _ = losses(EDM.sigma_min)
-    assert anchored == pytest.approx(free, rel=1e-4)
-    (anchored, free), student = losses(0.002)
-    assert anchored != pytest.approx(free, rel=1e-3)
-    guess = student(EDM.corrupt(batch.data, 0.4, batch.noise), 0.4, 0.0)
-    held = EDM.corrupt(batch.data, EDM.sigma_min, batch.noise)
-    assert anchored == pytest.approx((guess - held).square().mean().item(), rel=1e-5)
+def test_without_it_a_free_network_drifts_at_the_lowest_level_and_with_it_it_does_not():
+    """Nothing else holds f there: an affine student whose guess is off at the lowest level alone stays off."""
+    law, batch = gaussian(path=EDM), law_batch(gaussian(), 256)
+
+    class Off(ExactMap):
+        def forward(self, x, t, cond=None, want="x0", s=None):
+            return super().forward(x, t, cond, want, s) + 0.05
+
+    def pull(anchor):
+        student = Student(Nudged(Off(law), size=2), (2,))
+        return steepest(Followed(law, student, options(anchor=anchor)).loss("student", batch, Rng(0)).total, student)
+
+    assert pull(False) < 1e-12  # off by a constant everywhere, and at rest
+    assert pull(True) > 1e-3
 
 
 # -- the continuous form ------------------------------------------------------------------------
@@ -321,14 +332,14 @@ class FollowedTrajectory(ConsistencyTrajectory):
 class Reversed(FollowedTrajectory):
     """A broken twin: the jump's ends are exchanged."""
 
-    def _end_of(self, student, x, t, end, cond, lowest):
+    def _end_of(self, student, x, t, end, cond):
         class Turned:
             path = student.path
 
             def __call__(self, x, t, s, cond):
                 return student(x, s, t, cond) if isinstance(s, torch.Tensor) else student(x, t, s, cond)
 
-        return super()._end_of(Turned(), x, t, end.clamp(min=student.path.t_low), cond, lowest)
+        return super()._end_of(Turned(), x, t, end.clamp(min=student.path.t_low), cond)
 
 
 def steady(**other):
@@ -356,9 +367,9 @@ def test_the_ends_of_jumps_are_the_data_and_every_later_level():
     law, seen = gaussian(path=EDM), []
 
     class Seen(FollowedTrajectory):
-        def _end_of(self, student, x, t, end, cond, lowest):
+        def _end_of(self, student, x, t, end, cond):
             seen.append((t.clone(), end.clone()))
-            return super()._end_of(student, x, t, end, cond, lowest)
+            return super()._end_of(student, x, t, end, cond)
 
     game = Seen(law, nudged(law), steady())
     game.loss("student", law_batch(law, 4000), Rng(0))

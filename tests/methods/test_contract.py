@@ -14,7 +14,13 @@ from fewstep.student import Student
 
 UNIFORM = NoiseSampler(low=0.02, high=0.98)
 SETTINGS = {
-    "consistency": [{"first": 4, "last": 8}, {"mode": "training", "target_decay": 0.9}],
+    "consistency": [
+        {"first": 4, "last": 8},
+        {"mode": "training", "target_decay": 0.9},
+        {"form": "continuous"},
+        {"form": "continuous", "mode": "training", "derivative": "difference"},
+    ],
+    "consistency_trajectory": [{"anchor": False}],
     "denoising": [{"drop": 0.5}],
     "dmd2": [
         {"levels": UNIFORM, "gan": GanOptions(conditional=True, taps=2)},
@@ -24,7 +30,10 @@ SETTINGS = {
     ],
     "disback": [{"backtrack": {"states": 2, "every": 1, "interval": 1}}],
     "f_distill": [{"divergence": "forward_kl"}],
-    "meanflow": [{"derivative": "difference", "step": 1e-2}],
+    "meanflow": [
+        {"derivative": "difference", "step": 1e-2},
+        {"still": 2, "dispersive": {"weight": 0.1}, "steps": (1, 4)},
+    ],
     "uni_instruct": [{"divergence": "jensen_shannon", "ratio_gradient": "paper"}, {"ratio_gradient": "weight"}],
 }
 CASES = [(entry, options) for entry in METHODS for options in ({}, *SETTINGS.get(entry.name, []))]
@@ -37,7 +46,7 @@ every_method = pytest.mark.parametrize("entry", list(METHODS), ids=lambda e: e.n
 def made(entry, options, seed=0):
     """The method with a small network as its teacher, on the straight path, with three labels."""
     teacher = mlp(classes=3, seed=seed)
-    reads_s = entry.name == "meanflow"
+    reads_s = entry.thing.flow_map
     net = mlp(classes=3, reads_s=reads_s, prediction="flow" if reads_s else "x0", seed=seed + 1)
     given = entry.thing.Options(**options)
     student = Student(net, (2,), classes=3, **entry.thing.student_options(given, net.path))

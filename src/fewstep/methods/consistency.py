@@ -44,7 +44,7 @@ class ConsistencyOptions(Part):
         "inverse_gap", description="1 / (sigma_next - sigma); that times sigma, alike at every scale; or 1"
     )
     anchor: bool = Field(
-        True, description="what is aimed at at the lowest level is the point itself, whatever the network says there"
+        True, description="the data is the first level, its own guess; else what the network says at the lowest level"
     )
     target_decay: float = Field(0.0, ge=0, lt=1, description="average of the target network; 0: the student itself")
     solver: Literal["euler", "heun"] = Field("heun", description="the teacher's step, in distillation")
@@ -114,8 +114,14 @@ class Consistency(Method):
         return level_count(self.step, options.horizon, options.first, options.last)
 
     def levels(self, path: Path) -> tuple[Tensor, Tensor]:
-        """Ascending times and the probability of each neighbouring pair."""
-        times = grid(path, self.count, "karras", high=self.student.start)[:-1].flip(0)
+        """Ascending times and the probability of each neighbouring pair.
+
+        The paper's levels begin at the lowest one, where its networks give back what they got. Others do not, and
+        nothing teaches them to: what they say there drifts, and the whole chain with it. So the data stands below
+        (``anchor``), a level whose guess is known for every network.
+        """
+        times = grid(path, self.count, "karras", high=self.student.start).flip(0)
+        times = times if self.options.anchor else times[1:]
         if self.options.picks == "uniform":
             return times, torch.full_like(times[1:], 1 / (len(times) - 1))
         edge = (torch.log(path.coefs(times).sigma / path.coefs(times).alpha) - self.options.mean) / (
@@ -147,35 +153,35 @@ class Consistency(Method):
         x_t = path.corrupt(x0, t, batch.noise)
         with torch.no_grad():
             x_s = path.corrupt(x0, s, batch.noise) if options.mode == "training" else self._follow(x_t, t, s, batch)
-        lowest = float(times[0]) if options.anchor else 0.0
         end: Tensor | None = None
         if self.trajectories:  # the data, or any level up to s
-            drawn = (uniform(x0, rng) * (pick + 2).to(dtype)).long().clamp(max=pick + 1)
-            end = torch.cat([times.new_tensor([path.t_min]), times])[drawn].to(dtype)
+            ladder = times if options.anchor else torch.cat([times.new_tensor([path.t_min]), times])
+            below = pick + len(ladder) - len(times)
+            end = ladder[(uniform(x0, rng) * (below + 1).to(dtype)).long().clamp(max=below)].to(dtype)
         with same_dropout(self.student) as again:
-            guess = self._end_of(self.student, x_t, t, end, batch.cond, lowest)
+            guess = self._end_of(self.student, x_t, t, end, batch.cond)
             with torch.no_grad():
                 again()
-                aim = self._end_of(self.target or self.student, x_s, s, end, batch.cond, lowest)
+                aim = self._end_of(self.target or self.student, x_s, s, end, batch.cond)
         c = ict_c(x0[0].numel()) if options.huber_c is None else options.huber_c
         guess, aim, part = self._masked(guess, aim, batch.cond)
         error = pseudo_huber(guess, aim, c) if options.distance == "huber" else squared_error(guess, aim) / part
         return Loss.mean({"consistency": error * weights[pick].to(error)})
 
-    def _end_of(self, student: Student, x: Tensor, t: Tensor, end: Tensor | None, cond: Cond, lowest: float) -> Tensor:
-        """Where the student takes x from t: straight to the data, or by way of ``end``.
+    def _end_of(self, student: Student, x: Tensor, t: Tensor, end: Tensor | None, cond: Cond) -> Tensor:
+        """Where the student takes x from t: straight to the data, or by way of ``end``. Data is its own end.
 
-        At or below ``lowest`` x is its own end. The way over ``end`` is two jumps, which must agree with one
-        (Kim et al. 2023, eq. 9: trajectories are compared at the data).
+        The way over ``end`` is two jumps: trajectories are compared at the data (Kim et al. 2023, eq. 9).
         """
         path = student.path
+        late = t.clamp(min=path.t_low)  # where there is nothing to ask
         if end is None:
-            guess: Tensor = student(x, t, path.t_min, cond)
+            guess: Tensor = student(x, late, path.t_min, cond)
         else:
-            there = torch.where(column(end >= t, x), x, student(x, t, end, cond))
+            there = torch.where(column(end >= t, x), x, student(x, late, end, cond))
             onward = student(there, end.clamp(min=path.t_low), path.t_min, cond)
-            guess = torch.where(column(end <= max(lowest, path.t_min), x), there, onward)
-        return torch.where(column(t <= lowest, x), x, guess) if lowest > 0 else guess
+            guess = torch.where(column(end <= path.t_min, x), there, onward)
+        return torch.where(column(t <= path.t_min, x), x, guess)
 
     def _masked(self, guess: Tensor, aim: Tensor, cond: Cond) -> tuple[Tensor, Tensor, Tensor | float]:
         """Both with the elements that do not count at zero, and the share that does, a row."""
@@ -241,7 +247,9 @@ class Consistency(Method):
         ahead = path.move(x, slope, t, s)
         if self.options.solver == "euler":
             return ahead
-        return path.move(x, (slope + self.teacher(ahead, s, batch.cond, path.slope)) / 2, t, s)
+        second = self.teacher(ahead, s.clamp(min=path.t_low), batch.cond, path.slope)
+        better = path.move(x, (slope + second) / 2, t, s)
+        return torch.where(column(s <= path.t_min, x), ahead, better)  # clean samples have no slope
 
     @torch.no_grad()
     def settle(self, step: int) -> tuple[nn.Parameter, ...]:
