@@ -4,10 +4,10 @@
     python benchmarks/meanflow_cost.py --net FILE.py:CLASS     # on a network of yours: net(x, time, span, label)
 
 A unit is forward, mean squared error, backward and Adam on the bare network with ready tensors. The iteration is the
-trainer's own: batch, draws, both passes, derivative, clipping, optimiser, average. Units and iterations take turns, round
-by round, one thread; the figure is the median over rounds of the ratio. The bars are 0.75 (a quarter of the rows with
-s < t) and 0.85 (three quarters) of the 3.03 units that NVIDIA's FastGen (February 2026) spends on the same network, a
-two-level U-Net of width 32 on 16x16 pictures, batch 16.
+trainer's own: batch, draws, both passes, derivative, clipping, optimiser, average. Units and iterations take turns,
+round by round, one thread; the figure is the median over rounds of the ratio. The bars are 0.75 (a quarter of the rows
+with s < t) and 0.85 (three quarters) of the 3.03 units that NVIDIA's FastGen (February 2026) spends on the same
+network, a two-level U-Net of width 32 on 16x16 pictures, batch 16.
 """
 
 from __future__ import annotations

@@ -40,15 +40,16 @@ class ConsistencyOptions(Part):
     std: float = Field(2.0, gt=0, description="of log sigma there")
     distance: Literal["huber", "l2"] = Field("huber", description="of the whole sample, or the mean square")
     huber_c: float | None = Field(None, ge=0, description="None: 0.00054 sqrt(D)")
-    weight: Literal["inverse_gap", "inverse_ratio", "none"] = Field(
-        "inverse_gap", description="1 / (sigma_next - sigma); that times sigma, alike at every scale; or 1"
+    weight: Literal["inverse_gap", "inverse_ratio", "edm", "none"] = Field(
+        "inverse_gap",
+        description="1 / (sigma_next - sigma); that times sigma, alike at every scale; 1/sigma^2 + 1/data_std^2; or 1",
     )
     anchor: bool = Field(
         True, description="the data is the first level, its own guess; else what the network says at the lowest level"
     )
     target_decay: float = Field(0.0, ge=0, lt=1, description="average of the target network; 0: the student itself")
     solver: Literal["euler", "heun"] = Field("heun", description="the teacher's step, in distillation")
-    data_std: float = Field(1.0, gt=0, description="of the data, in the continuous form; the task's")
+    data_std: float = Field(1.0, gt=0, description="of the data, in the continuous form and the edm weight; the task's")
     tangent_c: float = Field(0.1, ge=0, description="continuous: the derivative g becomes g / (||g|| + c); 0: stays g")
     tangent_warmup: float = Field(
         0.1, ge=0, le=1, description="continuous: share of the horizon in which the network's own derivative comes in"
@@ -136,9 +137,15 @@ class Consistency(Method):
         if self._made is None or self._made[0] != key:
             times, mass = self.levels(path)
             ratio = self._ratio(path, times)
-            weight = torch.ones_like(ratio[1:])
-            if self.options.weight != "none":
-                weight = (ratio[1:] if self.options.weight == "inverse_ratio" else weight) / ratio.diff()
+            match self.options.weight:
+                case "inverse_gap":
+                    weight = 1 / ratio.diff()
+                case "inverse_ratio":
+                    weight = ratio[1:] / ratio.diff()
+                case "edm":  # a unit for the network of the preconditioned denoiser, as its teacher learned
+                    weight = 1 / ratio[1:].square() + 1 / self.options.data_std**2
+                case _:
+                    weight = torch.ones_like(ratio[1:])
             self._made = (key, (times.to(device), mass.cumsum(0).to(device), weight.to(device)))
         return self._made[1]
 
