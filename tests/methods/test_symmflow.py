@@ -23,13 +23,13 @@ def labelled(count, rng):
 
 def pairs(step, turn):
     rng = Rng(5, step, turn)
-    x, labels = labelled(256, rng)
-    return joined(x, labels, rng.normal((256, 2)), BOOK, rng, 0.2)
+    x, labels = labelled(128, rng)
+    return joined(x, labels, rng.normal((128, 2)), BOOK, rng, 0.2)
 
 
 def trained(draw):
     student = Student(mlp(shape=(5,), width=64, depth=2, prediction="velocity"), (5,))
-    return play(SymmFlow(None, student, SymmFlowOptions(picture=2)), draw, 500, rate=4e-3)
+    return play(SymmFlow(None, student, SymmFlowOptions(picture=2)), draw, 400, rate=4e-3)
 
 
 def scores(student):
@@ -83,8 +83,8 @@ class Pair(Denoiser):
         self.picture, self.label, self.path = picture, label, Straight()
 
     def forward(self, x, t, cond=None, want="x0", s=None):
-        down = self.picture(x[:, :2], t, None, "flow")
-        up = -self.label(x[:, 2:], 1 - t, None, "flow")  # its data is at the other end
+        down = self.picture(x[:, :2], max(t, 1e-4), None, "flow")
+        up = -self.label(x[:, 2:], max(1 - t, 1e-4), None, "flow")  # its data is at the other end
         return self.path.convert(torch.cat([down, up], 1), x, t, "flow", want)
 
 
