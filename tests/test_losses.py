@@ -9,6 +9,7 @@ from fewstep.losses import (
     absolute_error,
     batch_mean,
     discriminator_loss,
+    dispersive,
     distance,
     generator_loss,
     ict_c,
@@ -224,3 +225,48 @@ def test_a_loss_adds_the_weighted_means_of_its_parts():
     assert {name: value.item() for name, value in loss.parts.items()} == {"a": 2.0, "b": 5.0}
     assert loss.total.requires_grad
     assert not any(value.requires_grad for value in loss.parts.values())
+
+
+def pairs_of(features):
+    return [(i, j) for i in range(len(features)) for j in range(len(features)) if i != j]
+
+
+@pytest.mark.parametrize("kind", ["infonce", "cosine", "hinge", "covariance", "dm1"])
+def test_the_dispersive_terms_are_what_their_formulas_say(kind):
+    f = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    pairs, temperature = pairs_of(f), 0.5
+    far = {p: (f[p[0]] - f[p[1]]).norm() for p in pairs}
+    if kind == "infonce":
+        wanted = torch.stack([torch.exp(-(far[p] ** 2) / 3 / temperature) for p in pairs]).mean().log()
+    elif kind == "cosine":
+        angle = [torch.nn.functional.cosine_similarity(f[i], f[j], dim=0) for i, j in pairs]
+        wanted = torch.stack([torch.exp(-(1 - a) / temperature) for a in angle]).mean().log()
+    elif kind == "hinge":
+        wanted = torch.stack([torch.relu(1 - far[p]) ** 2 for p in pairs]).mean()
+    elif kind == "covariance":
+        c = torch.cov(f.T)
+        wanted = (c - c.diag().diag()).square().sum() / 6 + torch.relu(1 - c.diag()).mean()
+    else:  # the diagonal, masked with a large negative number, clamped to -10 and turned over
+        near = torch.cdist(f, f) / temperature
+        turned = -(-near).masked_fill(torch.eye(5, dtype=torch.bool), -1e9).clamp(-10, 10)
+        wanted = -torch.logsumexp(turned, 1).mean()
+    assert dispersive(f, kind, temperature).item() == pytest.approx(wanted.item(), rel=1e-9)
+    assert dispersive(f[:1], kind, temperature).item() == 0
+
+
+@pytest.mark.parametrize("kind", ["infonce", "cosine", "dm1"])
+def test_every_pair_is_pushed_apart_and_the_coded_variant_pushes_less(kind):
+    f = 0.3 * torch.randn(6, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    f.requires_grad_(True)
+    (slope,) = torch.autograd.grad(dispersive(f, kind), f)
+    assert (slope.norm(dim=1) > 1e-7).all()
+    wider = f.detach() - 1e-3 * slope / slope.norm()
+    assert dispersive(wider, kind) < dispersive(f, kind)
+    (plain,) = torch.autograd.grad(dispersive(f, "infonce"), f)
+    if kind == "dm1":
+        assert slope.norm() < 0.1 * plain.norm()
+
+
+def test_an_unknown_dispersive_term_is_refused():
+    with pytest.raises(ValueError, match="one of infonce"):
+        dispersive(torch.zeros(2, 2), "other")

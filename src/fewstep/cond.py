@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .errors import Refused
+
 Cond = None | Tensor | dict[str, Tensor]
 
 
@@ -42,6 +44,14 @@ def count(cond: Cond) -> int | None:
     if cond is None:
         return None
     return len(next(iter(cond.values()))) if isinstance(cond, dict) else len(cond)
+
+
+def part_of(cond: Cond, key: str) -> Tensor:
+    """One tensor of a condition by its name; Refused where there is none of that name."""
+    if not isinstance(cond, dict) or key not in cond:
+        have = f"its parts are {', '.join(sorted(cond))}" if isinstance(cond, dict) else "it has no named parts"
+        raise Refused(f"the condition has no {key!r}: {have}")
+    return cond[key]
 
 
 def _kind(cond: Cond) -> str:

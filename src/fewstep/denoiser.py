@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from .cond import Cond, join
+from .cond import Cond, join, part_of
 from .path import Coefs, Path, Time, column, rows_of
 
 Features = list[Tensor]
@@ -314,6 +314,24 @@ class Reframed(_Around):
 def seen_on(denoiser: Any, path: Path) -> Any:
     """A denoiser on a path: itself where it is its own, ``Reframed`` elsewhere; None stays None."""
     return denoiser if denoiser is None or denoiser.path == path else Reframed(denoiser, path)
+
+
+class Centred(_Around):
+    """Noise around a part of the condition: the network sees ``x0 + sigma (eps + mu)``, mu = cond[key].
+
+    CoMoSpeech's noise (Ye et al. 2023, eq. 4), as a change of variable: seen from here the noise is N(0, I) and the
+    flow is the law's own, so that solvers, losses and students need not know. mu is shaped like x.
+    """
+
+    def __init__(self, inner: Denoiser, key: str) -> None:
+        super().__init__(inner)
+        self.key = key
+
+    def forward(self, x: Tensor, t: Time, cond: Cond = None, want: str = "x0", s: Time | None = None) -> Any:
+        coefs = self.path.at(t, x)
+        moved = (x + coefs.sigma * part_of(cond, self.key)).to(x.dtype)
+        answer = self.inner(moved, t, cond, want if want in ("features", "both") else "x0", s)
+        return answer if want in ("features", "both", "x0") else self.path.convert(answer, x, t, "x0", want, coefs)
 
 
 class _Enough(Exception):

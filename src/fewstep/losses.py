@@ -88,6 +88,48 @@ def stopped_pull(x: Tensor, direction: Tensor) -> Tensor:
     return (direction.detach() * x).flatten(1).mean(1)
 
 
+def dispersive(features: Tensor, kind: str = "infonce", temperature: float = 0.5) -> Tensor:
+    """How close together the rows of ``features`` [batch, ...] lie, over all pairs: a scalar, lower when they spread.
+
+    With squared distance D_ij, the mean over a row's elements, and the pairs i != j:
+
+    - ``infonce``: ``log mean exp(-D_ij / T)`` (Wang & He 2025, eq. 6);
+    - ``cosine``: the same with D_ij = 1 - the cosine of the angle;
+    - ``hinge``: ``mean max(0, 1 - ||f_i - f_j||)^2``, 0 once every pair is one apart;
+    - ``covariance``: ``mean offdiag(C)^2 + mean max(0, 1 - diag(C))``, C the covariance over the batch;
+    - ``dm1``: what the code of DM1 does, ``-mean_i log(e^10 + sum_j exp(min(||f_i - f_j|| / T, 10)))``: its masked
+      diagonal, clamped and then turned over, is the e^10, which flattens the gradient. For comparison.
+
+    0 for a single row. Of several processes each compares its own rows.
+    """
+    f = features.flatten(1)
+    count = len(f)
+    if count < 2:
+        return f.sum() * 0.0
+    if kind == "covariance":
+        centred = f - f.mean(0)
+        covariance = centred.T @ centred / (count - 1)
+        diagonal = covariance.diagonal()
+        off = covariance.square().sum() - diagonal.square().sum()
+        return off / max(len(diagonal) * (len(diagonal) - 1), 1) + F.relu(1 - diagonal).mean()
+    first, second = torch.triu_indices(count, count, 1, device=f.device)
+    if kind == "cosine":
+        unit = F.normalize(f, dim=1)
+        distance = 1 - (unit @ unit.T)[first, second]
+        return torch.logsumexp(-distance / temperature, 0) - math.log(len(first))
+    square = (f[first] - f[second]).square().sum(1)
+    match kind:
+        case "infonce":
+            return torch.logsumexp(-square / (f.shape[1] * temperature), 0) - math.log(len(first))
+        case "hinge":
+            return F.relu(1 - torch.sqrt(square + 1e-12)).square().mean()
+        case "dm1":
+            near = torch.exp((torch.sqrt(square + 1e-12) / temperature).clamp(max=10.0))
+            rows = f.new_zeros(count).index_add(0, first, near).index_add(0, second, near)
+            return -torch.log(math.exp(10.0) + rows).mean()
+    raise ValueError(f"unknown kind {kind!r}: one of infonce, cosine, hinge, covariance, dm1")
+
+
 def batch_mean(value: Tensor, each: bool = False) -> Tensor:
     """The mean over the whole batch, over all processes: the only way to a batch statistic.
 

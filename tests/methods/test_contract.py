@@ -15,7 +15,13 @@ from fewstep.train.build import divided
 
 UNIFORM = NoiseSampler(low=0.02, high=0.98)
 SETTINGS = {
-    "consistency": [{"first": 4, "last": 8}, {"mode": "training", "target_decay": 0.9}],
+    "consistency": [
+        {"first": 4, "last": 8},
+        {"mode": "training", "target_decay": 0.9},
+        {"form": "continuous"},
+        {"form": "continuous", "mode": "training", "derivative": "difference"},
+    ],
+    "consistency_trajectory": [{"anchor": False}],
     "denoising": [{"drop": 0.5}],
     "dmd2": [
         {"levels": UNIFORM, "gan": GanOptions(conditional=True, taps=2)},
@@ -26,11 +32,14 @@ SETTINGS = {
     "disback": [{"backtrack": {"states": 2, "every": 1, "interval": 1}}],
     "f_distill": [{"divergence": "forward_kl"}, {"divergence": "neyman", "ratio_bins": 4}],
     "phased_dmd": [{"phase": 2, "gan": GanOptions()}, {"steps": 3, "phases": 3, "phase": 2, "match_weight": "score"}],
-    "meanflow": [{"derivative": "difference", "step": 1e-2}],
     "swiftbrush": [{"guidance": 2.0, "guidance_to": 5.0}],
     "progressive": [{"steps": 2, "finest": 8, "weight": "snr_plus_one"}],
     "reflow": [{"anneal": 0.5, "steps": [1, 4]}, {"look": 0}],
     "regression": [{"guide": 0.5, "guide_along": "teacher"}],
+    "meanflow": [
+        {"derivative": "difference", "step": 1e-2},
+        {"still": 2, "dispersive": {"weight": 0.1}, "steps": (1, 4)},
+    ],
     "uni_instruct": [{"divergence": "jensen_shannon", "ratio_gradient": "paper"}, {"ratio_gradient": "weight"}],
 }
 CASES = [(entry, options) for entry in METHODS for options in ({}, *SETTINGS.get(entry.name, []))]

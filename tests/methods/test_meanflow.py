@@ -3,11 +3,13 @@ import torch
 from games import Nudged, Script, batch_of, gradients, mlp, play, sigma_points, stream
 from laws import ExactMap, draw, exact_student, gaussian, seeded
 
-from fewstep.denoiser import Reframed, Wrapped
-from fewstep.losses import squared_error
+from fewstep.denoiser import Reframed, Wrapped, tapped
+from fewstep.derivative import along_flow, still_fast_waves
+from fewstep.interop import load_teacher
+from fewstep.losses import dispersive, squared_error
 from fewstep.method import Batch
 from fewstep.methods.denoising import FlowMatching, FlowMatchingOptions
-from fewstep.methods.meanflow import MeanFlow, MeanFlowOptions
+from fewstep.methods.meanflow import DispersiveOptions, MeanFlow, MeanFlowOptions
 from fewstep.path import Exploding, NoiseSampler, Straight, column
 from fewstep.rng import Rng
 from fewstep.student import Student
@@ -203,3 +205,73 @@ def test_a_short_run_comes_close_to_the_average_velocity_of_a_gaussian(distil):
     play(game, stream(law, 128 if distil else 256), 400, rate=8e-3)
     assert before > 0.5
     assert error() < (0.06 if distil else 0.16)  # from data v is a noisy draw
+
+
+# -- the fast clock -----------------------------------------------------------------------------
+
+
+def test_stilled_waves_stay_silent_and_leave_the_slow_ones_alone():
+    student = Student(mlp(reads_s=True, prediction="flow"), (2,))
+    first = student.denoiser.net.time_embedding.linear_1.weight
+    before = first.detach().clone()
+    half = first.shape[1] // 2
+    game = MeanFlow(None, student, MeanFlowOptions(still=2))
+    fast = [0, 1, half, half + 1]
+    slow = [k for k in range(2 * half) if k not in fast]
+    assert not first[:, fast].any()
+    assert torch.equal(first[:, slow], before[:, slow])
+    with torch.no_grad():
+        first.add_(1.0)
+    game.settle(0)
+    assert not first[:, fast].any()
+    assert torch.equal(first[:, slow], before[:, slow] + 1)
+    with pytest.raises(ValueError, match="leave no wave"):
+        MeanFlow(None, student, MeanFlowOptions(still=half))
+
+
+def test_the_fast_waves_of_the_digits_teacher_make_its_derivative_and_hardly_its_guess():
+    """250 log sigma turns by a whole wave in a fortieth of an octave; the network knows the level by its slow waves."""
+    teacher = load_teacher("digits").denoiser
+    x, t = 2.5 * torch.randn(32, 1, 8, 8, generator=seeded(0)), torch.full((32,), 2.5)
+    labels, found = torch.arange(32) % 10, []
+    for count in (0, 3):
+        still_fast_waves(teacher, count)
+        velocity = teacher(x, t, labels, "velocity").detach()
+        rate = along_flow(lambda x, t, s, c: teacher(x, t, c), x, t, t, velocity, labels)
+        found.append((teacher(x, t, labels).detach(), rate))
+    (guess, rate), (quiet, calm) = found
+    assert (quiet - guess).norm() < 0.02 * guess.norm()
+    assert calm.norm() < 0.5 * rate.norm()
+
+
+# -- dispersive regularisation ------------------------------------------------------------------
+
+
+def test_a_dispersive_term_is_added_to_the_loss_and_moves_the_features_apart():
+    student, batch = Student(mlp(reads_s=True, prediction="flow"), (2,)), batch_of(32)
+    plain = MeanFlow(None, student, MeanFlowOptions(jumps=0.0, power=0.0)).loss("student", batch, Rng(0))
+    given = MeanFlowOptions(jumps=0.0, power=0.0, dispersive=DispersiveOptions(weight=0.7))
+    game = MeanFlow(None, student, given)
+    with tapped(student.denoiser.net, game.taps) as features:
+        game.loss("student", batch, Rng(0))
+    loss = game.loss("student", batch, Rng(0))
+    assert loss.parts["dispersive"].item() == pytest.approx(dispersive(features[0], "infonce", 0.5).item(), rel=1e-5)
+    assert loss.total.item() == pytest.approx((plain.total + 0.7 * loss.parts["dispersive"]).item(), rel=1e-5)
+
+
+def test_features_spread_at_an_equal_task_loss():
+    law = gaussian(mean=(0.5, -0.3), std=(0.5, 1.2))
+
+    def trained(given):
+        student = Student(mlp(width=32, depth=1, reads_s=True, prediction="flow"), (2,))
+        game = MeanFlow(None, student, MeanFlowOptions(jumps=0.0, power=0.0, levels=UNIFORM, dispersive=given))
+        play(game, stream(law, 64), 150, rate=4e-3)
+        flat = MeanFlow(None, student, MeanFlowOptions(jumps=0.0, power=0.0, levels=UNIFORM))
+        taps = MeanFlow(None, student, MeanFlowOptions(dispersive=DispersiveOptions())).taps
+        with torch.no_grad(), tapped(student.denoiser.net, taps) as features:
+            loss = flat.loss("student", stream(law, 1000)(0, 9), Rng(3)).total.item()
+        return loss, torch.pdist(features[0].flatten(1)).mean().item()
+
+    (loss, spread), (other, wide) = trained(None), trained(DispersiveOptions(weight=0.1))
+    assert wide > 1.5 * spread
+    assert other < 1.1 * loss

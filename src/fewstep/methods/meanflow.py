@@ -6,17 +6,29 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
-from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor, nn
 
 from ..cond import Cond, rows
+from ..denoiser import choose_taps, tapped
+from ..derivative import Derivative, along_flow, still_fast_waves
+from ..losses import dispersive
 from ..method import Batch, Loss, Method
 from ..part import Part
 from ..path import NoiseSampler, Path, Straight, column
 from ..registry import Paper, method
 from ..rng import Source, uniform
 from ..student import Student
+
+
+class DispersiveOptions(Part):
+    """Features of the student that are pushed apart within a batch."""
+
+    weight: float = Field(0.5, gt=0, description="of the term beside the loss")
+    kind: Literal["infonce", "cosine", "hinge", "covariance", "dm1"] = Field(
+        "infonce", description="what is small when features lie apart; dm1: as that paper's code has it"
+    )
+    temperature: float = Field(0.5, gt=0, description="of the exponential")
+    taps: int = Field(1, ge=1, description="how many layers are read")
 
 
 class MeanFlowOptions(Part):
@@ -27,16 +39,25 @@ class MeanFlowOptions(Part):
     jumps: float = Field(0.5, ge=0, le=1, description="share of rows with s < t; the others learn the velocity")
     power: float = Field(0.75, ge=0, description="adaptive weight 1 / (||error||^2 + c)^power; 0: plain squares")
     c: float = Field(0.01, gt=0, description="added to the squared error in the adaptive weight")
-    derivative: Literal["exact", "difference"] = Field(
+    derivative: Derivative = Field(
         "exact", description="forward-mode derivative, or a central difference where attention has none"
     )
     step: float = Field(5e-3, gt=0, description="of the central difference, in time")
-    start: float | None = Field(None, gt=0, le=1, description="time of the single step; None: the path's end")
+    still: int = Field(
+        0,
+        ge=0,
+        description="silence this many of the fastest waves of the student's time embedding, for its derivative",
+    )
+    dispersive: DispersiveOptions | None = Field(None, description="push features apart within a batch; None: do not")
+    steps: tuple[int, ...] = Field((1,), description="step counts that the student serves")
+    start: float | None = Field(None, gt=0, le=1, description="time of the first step; None: the path's end")
 
 
 @method(
     "meanflow",
     Paper("2505.13447", "Mean Flows for One-step Generative Modeling", "MeanFlow"),
+    Paper("2506.09027", "Diffuse and Disperse: Image Generation with Representation Regularization"),
+    Paper("2510.07865", "DM1: MeanFlow with Dispersive Regularization for 1-Step Robotic Manipulation", "DM1"),
     level="exact",
 )
 class MeanFlow(Method):
@@ -61,6 +82,13 @@ class MeanFlow(Method):
             raise ValueError(
                 f"meanflow needs the straight path, got {type(student.path).__name__}: wrap it in Reframed"
             )
+        if self.options.still:
+            still_fast_waves(student, self.options.still)
+        self.taps: tuple[str, ...] = ()
+        if self.options.dispersive is not None:
+            net, x = inner_net(student.denoiser), next(student.parameters()).new_zeros(2, *student.shape)
+            t, s = x.new_full((2,), 0.5), x.new_full((2,), 0.2)
+            self.taps = choose_taps(net, lambda: student(x, t, s), self.options.dispersive.taps)
 
     def loss(self, player: str, batch: Batch, rng: Source) -> Loss:
         path, options, x0 = self.student.path, self.options, batch.data
@@ -73,7 +101,7 @@ class MeanFlow(Method):
         with torch.no_grad():
             own = self.teacher is None or options.velocity == "data"
             v = batch.noise - x0 if own else self.teacher(x_t, t, batch.cond, "flow")
-        guess = self.student(x_t, t, s, batch.cond, "average_velocity")
+        guess, spread = self._guess(x_t, t, s, batch.cond)
         target = v.clone()
         index = jump.nonzero().squeeze(1)  # one sync a step: the derivative is paid for these rows alone
         if options.jumps > 0:
@@ -83,34 +111,64 @@ class MeanFlow(Method):
             target[index] -= column((t - s)[index], rate) * rate
         error = (guess - target).square().flatten(1).sum(1)
         weight = (error.detach() + options.c) ** -options.power
-        return Loss.mean({"meanflow": weight * error})
+        parts = {"meanflow": weight * error}
+        if spread is None:
+            return Loss.mean(parts)
+        return Loss.mean({**parts, "dispersive": spread}, {"dispersive": options.dispersive.weight})
+
+    def _guess(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond) -> tuple[Tensor, Tensor | None]:
+        """The average velocity, and the dispersive term of the features on its way."""
+        if not self.taps:
+            return self.student(x, t, s, cond, "average_velocity"), None
+        given = self.options.dispersive
+        with tapped(inner_net(self.student.denoiser), self.taps) as features:
+            guess = self.student(x, t, s, cond, "average_velocity")
+        terms = [dispersive(f.to(torch.promote_types(f.dtype, torch.float32)), given.kind, given.temperature)
+                 for f in features]  # fmt: skip
+        return guess, torch.stack(terms).mean()
 
     @torch.no_grad()
+    def settle(self, step: int) -> tuple[nn.Parameter, ...]:
+        if self.options.still:
+            still_fast_waves(self.student, self.options.still)
+        return ()
+
     def derivative(self, x: Tensor, t: Tensor, s: Tensor, v: Tensor, cond: Cond) -> Tensor:
         """``du/dt`` along the flow: tangents v for x, 1 for t, 0 for s."""
 
-        def u(x: Tensor, t: Tensor) -> Tensor:
+        def u(x: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:
             guess: Tensor = self.student(x, t, s, cond, "average_velocity")
             return guess
 
-        if self.options.derivative == "exact":
-            # fused attention has no forward-mode derivative; dual numbers cost less than torch.func.jvp's layers
-            with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
-                value = u(forward_ad.make_dual(x, v), forward_ad.make_dual(t, torch.ones_like(t)))
-                rate: Tensor | None = forward_ad.unpack_dual(value).tangent
-            return torch.zeros_like(x) if rate is None else rate
-        high = torch.clamp(t + self.options.step, max=self.student.path.t_max)
-        low = torch.maximum(t - self.options.step, s)
-        both = self.student(
-            torch.cat([x + column(high - t, x) * v, x + column(low - t, x) * v]),
-            torch.cat([high, low]),
-            torch.cat([s, s]),
-            rows(cond, torch.arange(len(x), device=x.device).repeat(2)),
-            "average_velocity",
-        )
-        ahead, behind = both.chunk(2)
-        return (ahead - behind) / column((high - low).clamp(min=1e-6), x)
+        return along_flow(
+            u, x, t, s, v, cond,
+            kind=self.options.derivative, step=self.options.step, low=s, high=self.student.path.t_max,
+        )  # fmt: skip
 
     @classmethod
     def student_options(cls, options: Any, path: Path) -> dict[str, Any]:
-        return {"start": options.start}
+        return even_steps(path, options.start, options.steps)
+
+
+def inner_net(denoiser: Any) -> nn.Module:
+    """The network inside all wrappers of a denoiser."""
+    while hasattr(denoiser, "inner"):
+        denoiser = denoiser.inner
+    net: nn.Module = denoiser.net
+    return net
+
+
+def even_steps(path: Path, start: float | None, counts: tuple[int, ...]) -> dict[str, Any]:
+    """A student's start and, for each step count, times that are even on the straight path.
+
+    >>> from fewstep.path import Straight
+    >>> even_steps(Straight(), None, (1, 4))["steps"]
+    {1: (1.0,), 4: (1.0, 0.75, 0.5, 0.25)}
+    """
+    top = path.t_max if start is None else start
+    whole = path.straight(top)
+    steps: dict[int, tuple[float, ...]] = {}
+    for count in counts:
+        tau = whole * torch.arange(count - 1, 0, -1, dtype=torch.float64) / count
+        steps[count] = (top, *path.time(torch.log1p(-tau) - torch.log(tau)).tolist())
+    return {"start": top, "steps": steps}

@@ -1,0 +1,131 @@
+"""SymmFlow: one network turns noise into pictures while it turns labels into noise, and back."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..losses import squared_error
+from ..method import Batch, Loss, Method
+from ..part import Part
+from ..path import NoiseSampler
+from ..registry import Paper, method
+from ..rng import Source, normal, uniform
+from ..student import Student
+from .denoising import straight_rate
+
+
+class SymmFlowOptions(Part):
+    levels: NoiseSampler = Field(NoiseSampler(kind="uniform"), description="times; both ends belong to it")
+    picture: int = Field(1, ge=1, description="leading channels that are the picture; the others are the label")
+    picture_weight: float = Field(1.0, ge=0, description="of the picture's velocity")
+    label_weight: float = Field(1.0, ge=0, description="of the label's velocity")
+
+
+@method(
+    "symmflow",
+    Paper(
+        "2506.10634",
+        "Symmetrical Flow Matching: Unified Image Generation, Segmentation, and Classification with Score-Based "
+        "Generative Models",
+        "SymmFlow",
+    ),
+    level="exact",
+)
+class SymmFlow(Method):
+    """Flow matching of pairs on one clock: data is (picture, label noise), noise is (picture noise, label).
+
+    ``x_t = (1 - t) x0 + t eps`` and ``y_t = (1 - t) xi + t y`` in the channels of one tensor; the network predicts both
+    velocities, ``eps - x0`` and ``y - xi``. Down in time it generates, up in time it reads. ``joined`` makes the batch.
+    """
+
+    Options = SymmFlowOptions
+    needs_teacher = False
+    makes = "teacher"
+    straight = True
+
+    def loss(self, player: str, batch: Batch, rng: Source) -> Loss:
+        path, options = self.student.path, self.options
+        t = options.levels.on(path)(batch.data, rng)
+        z = path.corrupt(batch.data, t, batch.noise)
+        guess = self.student(z, t, path.t_min, None, "velocity")
+        wanted, split = straight_rate(path, batch.data, batch.noise, t), options.picture
+        parts = {"picture": squared_error(guess[:, :split], wanted[:, :split])}
+        if guess.shape[1] > split:
+            parts["label"] = squared_error(guess[:, split:], wanted[:, split:])
+        return Loss.mean(parts, {"picture": options.picture_weight, "label": options.label_weight})
+
+
+def codes(classes: int, kind: Literal["level", "one_hot"] = "level") -> Tensor:
+    """What stands for each class in the label's channels: [classes, channels], within [-1, 1].
+
+    >>> codes(3).tolist(), codes(2, "one_hot").tolist()
+    ([[-1.0], [0.0], [1.0]], [[1.0, -1.0], [-1.0, 1.0]])
+    """
+    if kind == "one_hot":
+        return 2 * torch.eye(classes) - 1
+    return torch.linspace(-1, 1, classes)[:, None]
+
+
+def label_map(labels: Tensor, book: Tensor, like: Tensor, rng: Source | None = None, width: float = 0.0) -> Tensor:
+    """Labels as channels over a picture: [batch, channels, ...] like ``like`` behind its channels.
+
+    ``labels`` are [batch], one for a picture, or [batch, ...], one for each place. With a generator they are blurred by
+    uniform noise ``width`` wide (dequantised), so that the label is a density.
+    """
+    whole = book.to(like)[labels]  # [batch, (places,) channels]
+    places = like.shape[2:]
+    if labels.ndim == 1:
+        chart = whole.reshape(*whole.shape, *[1] * len(places)).expand(*whole.shape, *places)
+    else:
+        chart = whole.movedim(-1, 1)
+    if rng is None or width == 0:
+        return chart.clone()
+    flat = chart.reshape(-1, 1)
+    return chart + width * (uniform(flat, rng).reshape(chart.shape) - 0.5).to(chart)
+
+
+def joined(
+    x0: Tensor, labels: Tensor, eps: Tensor, book: Tensor, rng: Source, width: float = 0.0
+) -> Batch:  # pairs on one clock
+    """The batch that SymmFlow learns from: data (x0, fresh noise), noise (eps, label)."""
+    chart = label_map(labels, book, x0, rng, width)
+    return Batch(torch.cat([x0, normal(chart, rng)], 1), None, torch.cat([eps, chart], 1))
+
+
+@torch.no_grad()
+def generate(student: Student, eps: Tensor, labels: Tensor, book: Tensor, steps: int = 1) -> Tensor:
+    """Pictures for labels, from noise like a picture, in ``steps`` Euler steps down in time."""
+    path = student.path
+    z = torch.cat([eps, label_map(labels, book, eps)], 1)
+    times = torch.linspace(path.t_max, path.t_min, steps + 1, dtype=torch.float64).tolist()
+    for t, s in zip(times, times[1:], strict=False):
+        z = path.move(z, student(z, t, path.t_min, None, "flow"), t, s)
+    return z[:, : eps.shape[1]]
+
+
+@torch.no_grad()
+def read(student: Student, x0: Tensor, channels: int, rng: Source, steps: int = 1, draws: int = 1) -> Tensor:
+    """The label's channels of pictures, in ``steps`` Euler steps up in time: [batch, channels, ...].
+
+    The mean over ``draws`` starts of the label's noise.
+    """
+    path, total = student.path, 0.0
+    times = torch.linspace(path.t_min, path.t_max, steps + 1, dtype=torch.float64).tolist()
+    for _ in range(draws):
+        z = torch.cat([x0, normal(x0.new_empty(len(x0), channels, *x0.shape[2:]), rng)], 1)
+        for t, s in zip(times, times[1:], strict=False):
+            z = path.move(z, student(z, t, path.t_min, None, "flow"), t, s)
+        total = total + z[:, x0.shape[1] :]
+    return torch.as_tensor(total) / draws
+
+
+def nearest(chart: Tensor, book: Tensor, places: bool = False) -> Tensor:
+    """The class whose code is nearest: of a picture's mean, [batch], or at every place, [batch, ...]."""
+    value = chart.movedim(1, -1)
+    if not places and value.ndim > 2:
+        value = value.flatten(1, -2).mean(1)
+    return (value.unsqueeze(-2) - book.to(chart)).square().sum(-1).argmin(-1)
