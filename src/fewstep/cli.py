@@ -584,6 +584,9 @@ def search(
     ] = "auto",
     budget: Annotated[int, typer.Option(help="Candidates that are scored.")] = 300,
     starts: Annotated[int, typer.Option(help="Starts to search on, and as many unseen ones for the verdict.")] = 256,
+    reference: Annotated[
+        str | None, typer.Option(help="Real data that samples are held to: a task's name, a folder or an .npz file.")
+    ] = None,
     guidance: Annotated[float, typer.Option(help="Scale at which the plan will be used.")] = 1.0,
     keep: Annotated[float, typer.Option(help="Leave blocks out until this share of the FLOPs is left.")] = 1.0,
     prompts: PromptFile = None,
@@ -618,7 +621,7 @@ def search(
     with screen, _stoppable(out):
         result = jobs.search(
             model, nfe, out=out, objective=objective, how=how, budget=budget, starts=starts, guidance=guidance,
-            keep=keep, prompts=prompts, seed=seed, resume=resume, device=place, watch=screen,
+            reference=reference, keep=keep, prompts=prompts, seed=seed, resume=resume, device=place, watch=screen,
         )  # fmt: skip
     screen.result(result, f"{table(*table_of(result))}\n\n{result['line']}")
 

@@ -311,6 +311,11 @@ class Reframed(_Around):
         )
 
 
+def guided(denoiser: Any, scale: float | Tensor) -> Any:
+    """A denoiser, or a player that is called like one, under guidance; itself where there is none."""
+    return denoiser if not isinstance(scale, Tensor) and scale == 1 else Guided(denoiser, scale)
+
+
 def seen_on(denoiser: Any, path: Path) -> Any:
     """A denoiser on a path: itself where it is its own, ``Reframed`` elsewhere; None stays None."""
     return denoiser if denoiser is None or denoiser.path == path else Reframed(denoiser, path)

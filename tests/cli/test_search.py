@@ -16,7 +16,8 @@ from command import one_line
 from fewstep.interop.teacher import packaged
 from fewstep.solvers import SolverPlan, StepPlan, recommended
 
-SMALL = ["--starts", "4", "--budget", "4", "--how", "evolution", "--device", "cpu", "--threads", "1"]
+QUICK = ["--starts", "4", "--budget", "4", "--how", "evolution", "--device", "cpu", "--threads", "1"]
+SMALL = [*QUICK, "--objective", "features"]
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,12 @@ def path():
         (["digits", "--nfe", "2", "--out", "none/plan.json"], "there is no folder none"),
         (["digits", "--nfe", "2", "--resume"], "nothing to resume"),
         (["digits", "--nfe", "2", "--prompts", "none.txt"], "none.txt"),
+        (["digits", "--nfe", "2", "--reference", "digit"], "digit"),
+        (
+            ["digits", "--nfe", "2", "--reference", "digits", "--objective", "distance"],
+            "a reference is read by the objective frechet, and 'distance' was asked for",
+        ),
+        (["digits", "--nfe", "2", "--reference", "mixture"], "the teacher makes 1x8x8, the reference is 2"),
         (["none", "--nfe", "2"], "no teacher 'none'"),
     ],
 )
@@ -93,6 +100,23 @@ def test_a_scorer_of_ones_own_is_what_the_search_makes_small(fewstep, tmp_path):
     answer = fewstep("search", "digits", "--nfe", "2", *SMALL, "--objective", "./mine.py:score", "-q")
     assert answer.code == 0, answer.err
     assert "mine.py:score" in answer.out and "plan.json: " in answer.out
+
+
+@pytest.mark.slow
+def test_a_packaged_teacher_is_held_to_its_own_real_data_by_a_network_that_does_not_measure(fewstep, monkeypatch):
+    from fewstep.jobs import searching
+
+    asked, plain = [], searching.features_for
+
+    def heard(task, *args, **more):
+        asked.append((task.name, more["purpose"]))
+        return plain(task, *args, **more)
+
+    monkeypatch.setattr(searching, "features_for", heard)
+    answer = fewstep("search", "digits", "--nfe", "2", *QUICK, "--json", "-q")
+    assert answer.code == 0, answer.err
+    assert json.loads(answer.out)["objective"] == "frechet"
+    assert asked == [("digits", "select")]
 
 
 def test_sample_follows_the_plan_and_not_its_own_sampler(fewstep, tmp_path, path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from laws import draw, mixture, seeded
 
-from fewstep.denoiser import Denoiser
+from fewstep.denoiser import Counted, Denoiser
 from fewstep.grid import grid
 from fewstep.path import Exploding, Straight, VariancePreserving
 from fewstep.search import Evolution, Journal, evolve
@@ -15,7 +15,7 @@ from fewstep.search.contest import Contest, contest
 from fewstep.search.continuous import Moves, tune
 from fewstep.search.gradient import Fitting, Free, Pairs, differentiable, error, fit
 from fewstep.search.objective import Distance, FeatureDistance, FrechetTo, Judge, Objective, Scorer, ends
-from fewstep.search.plans import PlanSpace, apart, fixed_samplers, lams, plainly
+from fewstep.search.plans import PlanSpace, apart, fixed_samplers, lams, plainly, variants
 from fewstep.solvers import SolverPlan, StepPlan, recommended, sample, solver_named
 from fewstep.teachers import Mixture
 
@@ -273,6 +273,31 @@ def test_the_frechet_distance_of_the_reference_to_itself_is_none_and_of_a_shift_
     assert score(TRAIN.ends * math.nan, TRAIN) == math.inf
 
 
+def test_real_data_is_a_judge_that_knows_where_the_fine_solution_errs():
+    """A teacher that is off by 1 in each coordinate: its fine solution is 2 from the data, the corrected samples 0.
+    What finishes samples is not done to the data, and to the fine solution itself the corrected ones are far."""
+    data = TRAIN.ends
+    pairs = Pairs(TRAIN.x, None, data + 1)
+    real = FrechetTo(lambda x: x.double(), data, finish=lambda x: x / 3)
+    assert real(3 * pairs.ends, pairs) == pytest.approx(2.0)
+    assert real(3 * data, pairs) == pytest.approx(0.0, abs=1e-9)
+    assert FrechetTo(lambda x: x.double(), pairs.ends)(data, pairs) == pytest.approx(2.0)
+    assert real.law and not Distance(1.0).law
+
+
+def test_a_plan_that_is_judged_on_more_starts_is_asked_for_the_rest_alone():
+    counted = Counted(VP)
+    judge = Judge(counted, TRAIN, Distance(1.0), 64)
+    plan, other = recommended(VP.path, 3), recommended(VP.path, 4)
+    judge(plan, 128)
+    assert judge(plan) == Judge(VP, TRAIN, Distance(1.0), 64)(plan)
+    assert counted.images == 3 * 256
+    judge(other, 100)  # no whole batches: what is known of them is of no use
+    assert judge(other) == Judge(VP, TRAIN, Distance(1.0), 64)(other)
+    assert counted.images == 3 * 256 + 4 * 356
+    assert judge(plan, 64) == Judge(VP, TRAIN, Distance(1.0), 64)(plan, 64)
+
+
 def test_a_scorer_of_ones_own_sees_finished_samples_and_their_condition():
     pairs = Pairs(TRAIN.x, torch.arange(256), TRAIN.ends)
     scorer = Scorer(lambda x, cond: x[:, 0] + cond, "mine", lambda x: x.clamp(0, 0))
@@ -326,6 +351,24 @@ def test_the_contest_ends_with_a_plan_that_beats_every_fixed_sampler_on_unseen_s
     assert found.fixed == dict(sorted(found.fixed.items(), key=lambda item: item[1]))
     assert set(found.fixed) == set(fixed_samplers(VP.path, 4))
     assert [stage for stage, done, total in heard if done == total] == ["evolution", "gradient", "unseen starts"]
+
+
+def test_laws_are_compared_by_evolution_alone_from_the_recommended_levels_under_other_rules():
+    """A fit makes the distance sample by sample small, and blurs; evolution is given more to begin with instead."""
+    heard, held = [], exact_pairs(VP, 256, 2)
+    found = contest(
+        4,
+        Contest(VP, TRAIN, FRESH, held, FrechetTo(lambda x: x.double(), held.ends), **SHORT),
+        tell=lambda stage, done, total, best: heard.append(stage),
+    )
+    assert set(heard) == {"evolution", "unseen starts"}
+    assert found.gain >= 1
+    others = variants(VP.path, 4)
+    texts = {plan.model_dump_json() for plan in (*others, *map(plainly, fixed_samplers(VP.path, 4).values()))}
+    assert len(texts) == len(others) + len({plainly(p).model_dump_json() for p in fixed_samplers(VP.path, 4).values()})
+    assert {plan.levels for plan in others} == {recommended(VP.path, 4).levels}
+    space = PlanSpace(VP.path, 4, others)
+    assert all(space.sound(plan) for plan in space.seeds())
 
 
 class Contrary(Objective):

@@ -19,7 +19,7 @@ from ..cond import Cond, move
 from ..cond import rows as rows_of
 from ..denoiser import Denoiser, Guided, choose_taps
 from ..errors import Refused
-from ..metrics.features import Coordinates, RandomConv
+from ..metrics.features import Coordinates, RandomConv, features_for
 from ..rng import mix
 from ..search import (
     Contest,
@@ -41,14 +41,21 @@ from ..search import (
 from ..search.contest import HOWS, How
 from ..search.objective import FINE
 from ..solvers import start_noise
+from ..tasks import Task, task_named
 from ..train.build import own_module
 from ..train.trainer import Nobody, Watch
+from .setting import size_text
+from .using import reference_task
 
 OBJECTIVES = ("auto", "features", "distance", "frechet")
 TAPS = 3
 """Layers of the teacher that look at samples."""
 GRAPH = 2**16
 """Numbers of a state that go through the differentiable sampler at once."""
+REAL = 20_000
+"""Real samples that features are taken of."""
+FEW = 2**13
+"""Numbers of a state that are too few for a batch of ``CHUNK`` starts to be quick."""
 CHUNK = 64
 """Starts that are solved finely at a time, and kept."""
 
@@ -56,21 +63,26 @@ CHUNK = 64
 def search(
     model: str, nfe: int, *, out: File = File("plan.json"), objective: str = "auto", how: str = "auto",
     budget: int = 300, starts: int = 256, guidance: float = 1.0, prompts: File | None = None, seed: int = 0,
-    keep: float = 1.0, resume: bool = False, device: str = "cpu", watch: Watch | None = None,
+    reference: str | File | None = None, keep: float = 1.0, resume: bool = False, device: str = "cpu",
+    watch: Watch | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Write the best plan of ``nfe`` calls for a teacher; the result says what it gains over each fixed sampler.
 
-    ``objective``: distance (to the fine solution from the same start), features (the same as the teacher's own layers
-    see it), auto (features where it has layers to look at), frechet (features of samples against those of the fine
-    solution), or FILE.py:FUNCTION or MODULE:FUNCTION of one's own. ``budget`` candidates see up to
-    ``starts`` starts. ``keep`` below 1: its calls leave out blocks until that share of the network's FLOPs is left.
-    The state is kept in the folder ``OUT.search`` until the plan is written.
+    ``reference``: real data, the training split of a task's name, of a folder or of an .npz; None: that of the
+    packaged teacher's own task, or none. ``objective``: frechet (features of samples against those of the reference,
+    or of the fine solution where there is none), features (distance to the fine solution from the same start, as the
+    teacher's own layers see it), distance (the same in the sample itself), auto (frechet where there is a reference,
+    else features where there are layers to look at, else distance), or FILE.py:FUNCTION or MODULE:FUNCTION of one's
+    own. ``budget`` candidates see up to ``starts`` starts. ``keep`` below 1: its calls leave out blocks until that
+    share of the network's FLOPs is left. The state is kept in the folder ``OUT.search`` until the plan is written.
     """
     watch, began = watch or Nobody(), time.perf_counter()
     _sane(nfe, how, budget, starts, seed, out)
     if not 0 < keep <= 1:
         raise Refused(f"keep is the share of the FLOPs that is left, above 0 and at most 1, got {keep:g}")
     scored = _own(objective)
+    if reference is not None and objective not in ("auto", "frechet"):
+        raise Refused(f"a reference is read by the objective frechet, and {objective!r} was asked for: leave out one")
     teacher = _teacher(model)
     state = out.with_name(f"{out.name}.search")
     if state.exists() and not resume:
@@ -80,27 +92,30 @@ def search(
     teacher.denoiser.to(device).requires_grad_(False)
     denoiser: Denoiser = teacher.denoiser if guidance == 1 else Guided(teacher.denoiser, guidance, teacher.null)
     conditions = _conditions(teacher, prompts)
+    data = _data(reference, model, teacher) if objective in ("auto", "frechet") else None
+    law = objective == "frechet" or objective == "auto" and data is not None
     state.mkdir(parents=True, exist_ok=True)
     journal = Journal(state / "journal.jsonl", {
         "teacher": teacher.sha256 or model, "nfe": nfe, "objective": objective, "how": how, "budget": budget,
         "starts": starts, "guidance": guidance, "prompts": None if prompts is None else prompts.read_text("utf-8"),
         "seed": seed, "device": torch.device(device).type, "fine": FINE, "keep": keep,
+        "reference": None if data is None else str(reference or data.name),
     })  # fmt: skip
-    counts = {"train": starts, "valid": max(32, starts // 2), "held": starts}
+    counts = {"train": starts, "valid": starts if law else max(32, starts // 2), "held": starts}
     watch.start("fine solution", sum(counts.values()))
     sets, done = dict[str, Pairs](), 0
     for name, count in counts.items():
         sets[name] = _pairs(denoiser, teacher.shape, conditions, name, count, seed, device, state, watch, done)
         done += count
     watch.finish("fine solution")
-    wanted = _objective(objective, scored, teacher, denoiser, sets)
+    wanted = _objective(objective, scored, teacher, denoiser, sets, data, watch)
     if isinstance(wanted, FeatureDistance):
         sets = {name: wanted.marked(pairs) for name, pairs in sets.items()}
     options = Contest(
         denoiser, sets["train"], sets["valid"], sets["held"], wanted, _how(how),
-        Evolution(budget=budget, first=min(64, starts), seed=seed),
+        Evolution(budget=budget, first=min(max(64, starts // 2) if wanted.law else 64, starts), seed=seed),
         Fitting(200, min(64, starts), max(1, min(64, GRAPH // math.prod(teacher.shape))), seed=seed),
-        CHUNK,
+        max(CHUNK, min(2 * CHUNK, FEW // math.prod(teacher.shape))),
     )  # fmt: skip
     verdict = contest(nfe, options, journal=journal, tell=_teller(watch))
     pruned = None
@@ -217,9 +232,45 @@ def _pairs(
     return Pairs(x, cond, ends)
 
 
+def _data(reference: str | File | None, model: str, teacher: Any) -> Task | None:
+    """The task of real data that samples are held to; None where nothing is known of it."""
+    from ..interop import packaged
+
+    own = teacher.contract.task if model in packaged() and teacher.contract is not None else None
+    if reference is None and own is None:
+        return None
+    task = task_named(own) if reference is None else reference_task(reference, teacher.shape)
+    if not task.has_data:
+        raise Refused(f"reference {str(reference)!r} holds no samples to compare with")
+    with torch.no_grad():
+        made = tuple(teacher.decode(torch.zeros(1, *teacher.shape)).shape[1:])
+    if made != tuple(task.shape):
+        raise Refused(f"the teacher makes {size_text(made)}, the reference is {size_text(task.shape)}")
+    return task
+
+
+def _against_data(task: Task, finish: Callable[[Tensor], Tensor], watch: Watch) -> Objective:
+    """The Fréchet distance to real data, by a network that chooses and is not the one that measures."""
+    running: list[int] = []
+
+    def tell(done: int, total: int) -> None:
+        if not running:
+            running.append(total)
+            watch.start("features of the data", total)
+        watch.advance("features of the data", done)
+
+    features = features_for(task, purpose="select", tell=tell)
+    if running:
+        watch.finish("features of the data")
+    count = min(len(task.train), REAL)
+    pick = torch.linspace(0, len(task.train) - 1, count).long()
+    return FrechetTo(features, task.train.rows(pick).data, finish)
+
+
 def _objective(
-    text: str, own: Callable[..., Any] | None, teacher: Any, denoiser: Denoiser, sets: dict[str, Pairs]
-) -> Objective:
+    text: str, own: Callable[..., Any] | None, teacher: Any, denoiser: Denoiser, sets: dict[str, Pairs],
+    data: Task | None, watch: Watch,
+) -> Objective:  # fmt: skip
     ends = sets["train"].ends
     low, high = teacher.value_range or (-1.0, 1.0)
 
@@ -230,6 +281,8 @@ def _objective(
 
     if own is not None:
         return Scorer(own, text, finish)
+    if data is not None:
+        return _against_data(data, finish, watch)
     if text in ("auto", "features"):
         try:
             return FeatureDistance(_tapped(teacher.denoiser, denoiser, sets["train"]), sets["train"])

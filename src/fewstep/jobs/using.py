@@ -132,7 +132,7 @@ def _label(k: int, wanted: Sequence[int] | None, classes: int | None) -> int | N
     return wanted[k % len(wanted)] if wanted else k % classes
 
 
-def _reference(reference: str | File, shape: tuple[int, ...], value_range: tuple[float, float] | None) -> Task:
+def reference_task(reference: str | File, shape: tuple[int, ...]) -> Task:
     """A task's name, or a folder or .npz of images, as the data to measure against."""
     from ..registry import TASKS
 
@@ -156,7 +156,7 @@ def evaluate(
 
     loaded = load_student(_model(File(student)))
     teacher = load_teacher(against)
-    task = _reference(reference, loaded.student.shape, loaded.value_range)
+    task = reference_task(reference, loaded.student.shape)
     _fits(task, loaded.student.shape, str(student))
     out.mkdir(parents=True, exist_ok=True)
     features = after_first(lambda: features_for(task, out / "cache"))
@@ -195,7 +195,7 @@ def compare(
 
     loaded = {str(model): load_student(_model(File(model))).student.to(device) for model in models}
     shape = next(iter(loaded.values())).shape
-    task = _reference(reference, shape, None)
+    task = reference_task(reference, shape)
     for name, student in loaded.items():
         _fits(task, student.shape, name)
     out.mkdir(parents=True, exist_ok=True)

@@ -113,14 +113,14 @@ def read(student: Student, x0: Tensor, channels: int, rng: Source, steps: int = 
 
     The mean over ``draws`` starts of the label's noise.
     """
-    path, total = student.path, 0.0
+    path, ends = student.path, []
     times = torch.linspace(path.t_min, path.t_max, steps + 1, dtype=torch.float64).tolist()
     for _ in range(draws):
         z = torch.cat([x0, normal(x0.new_empty(len(x0), channels, *x0.shape[2:]), rng)], 1)
         for t, s in zip(times, times[1:], strict=False):
             z = path.move(z, student(z, t, path.t_min, None, "flow"), t, s)
-        total = total + z[:, x0.shape[1] :]
-    return torch.as_tensor(total) / draws
+        ends.append(z[:, x0.shape[1] :])
+    return torch.stack(ends).mean(0)
 
 
 def nearest(chart: Tensor, book: Tensor, places: bool = False) -> Tensor:

@@ -15,7 +15,7 @@ from .evolve import Evolution, Scored, evolve
 from .gradient import Fitting, Pairs, differentiable, fit, squares
 from .journal import Journal
 from .objective import Distance, Judge, Objective
-from .plans import PlanSpace, fixed_samplers
+from .plans import PlanSpace, fixed_samplers, variants
 
 How = Literal["auto", "evolution", "gradient", "cma", "tpe"]
 HOWS: tuple[str, ...] = get_args(How)
@@ -27,8 +27,9 @@ Tell = Callable[[str, int, int, float], None]
 class Contest:
     """Three disjoint sets of starts: candidates are made on ``train``, chosen on ``valid``, reported on ``held``.
 
-    ``how``: ``auto`` is evolution, then a fit by gradient where the network lets one through; the others are one
-    of the searchers alone (``cma`` and ``tpe`` move the best fixed sampler that evolution could begin with).
+    ``how``: ``auto`` is evolution, then, where samples are compared one by one and the network lets it through, a fit
+    by gradient; the others are one of the searchers alone (``cma`` and ``tpe`` move the best plan that evolution
+    could begin with).
     """
 
     model: Denoiser
@@ -111,11 +112,14 @@ def _candidates(
     model, path, evolution = options.model, options.model.path, options.evolution
     made: list[tuple[str, SolverPlan]] = []
     only_seeds = options.how in ("gradient", "cma", "tpe")
-    budget = min(len(rivals), evolution.budget) if only_seeds else evolution.budget
+    seeds = list(rivals.values())
+    if options.objective.law:  # no fit comes after: evolution has to find the weights by itself
+        seeds = [*variants(path, nfe), *seeds]
+    budget = min(len(seeds), evolution.budget) if only_seeds else evolution.budget
     count = len(options.train)
     evolution = replace(evolution, budget=budget, starts=count, first=min(evolution.first, count))
     found = evolve(
-        PlanSpace(path, nfe, list(rivals.values())), train, evolution, journal=journal,
+        PlanSpace(path, nfe, seeds), train, evolution, journal=journal,
         tell=lambda done, best: say("fixed samplers" if only_seeds else "evolution", done, budget, best),
     )  # fmt: skip
     made += [("fixed" if only_seeds else "evolution", one.genome) for one in found[:5]]
@@ -126,8 +130,9 @@ def _candidates(
             tell=lambda done, best: say(options.how, done, total, best),
         )  # fmt: skip
         made += [(options.how, one.genome) for one in moved[:5]]
-    if options.how == "gradient" or options.how == "auto" and differentiable(model, path, options.train)[0]:
-        fitting, objective = options.fitting, options.objective
+    fitting, objective = options.fitting, options.objective
+    able = options.how == "auto" and not objective.law and differentiable(model, path, options.train)[0]
+    if options.how == "gradient" or able:
         loss = objective.squares if isinstance(objective, Distance) else squares
         start = min((plan for _, plan in made), key=valid)
         fitted, _ = fit(

@@ -60,6 +60,25 @@ def fixed_samplers(path: Path, nfe: int, grids: Sequence[str] = GRIDS) -> dict[s
     return made
 
 
+def variants(path: Path, nfe: int) -> list[SolverPlan]:
+    """The recommended plan's levels, each with one rule at every step: none of them is a sampler that has a name.
+
+    >>> from fewstep.path import Straight
+    >>> len(variants(Straight(), 4)), len(variants(Straight(), 1))
+    (20, 3)
+    """
+    plan, made = recommended(path, nfe), dict[str, SolverPlan]()
+    for prediction, variable in (("x0", "lam"), ("x0", "tau"), ("eps", "lam"), ("flow", "lam"), ("flow", "tau")):
+        for order in (2, 3):
+            for corrector in ("none", "exact"):
+                rule = StepPlan.model_validate(
+                    {"order": order, "prediction": prediction, "variable": variable, "corrector": corrector}
+                )
+                one = plainly(plan.model_copy(update={"steps": (rule,) * nfe}))
+                made[one.model_dump_json()] = one
+    return list(made.values())
+
+
 def decided(path: Path, solver: Engine, times: torch.Tensor) -> SolverPlan | None:
     """The plan of a solver that is a list of decisions, with its decisions as they are; None for another's times."""
     grid_ = tuple(times.tolist())

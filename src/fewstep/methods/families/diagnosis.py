@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from ...cond import rows
-from ...denoiser import Denoiser
+from ...denoiser import Denoiser, guided
 from ...method import Batch
 from ...path import normal
 from ...rng import Source
+from .blocks import by_block, rng_of_blocks
 from .score_gap import ratio_of, ratio_weight, rollout
 
 if TYPE_CHECKING:
@@ -57,13 +58,15 @@ def diagnose(
     training = method.training
     method.eval()
     try:
+        if method.options.blocks:
+            batch, rng = by_block(batch, method.options.blocks), rng_of_blocks(rng, method.options.blocks)
         anchors = _anchors(method, batch, rng)
         lams = _lams(method, batch.noise, rng) if lams is None else lams
         points = None if law is not None else _support(method, batch, rng)
         levels = [_level(method, float(lam), anchors, rng, law, points) for lam in lams]
         known = [level for level in levels if level["gap"] is not None]
         kl = None
-        if method.options.guidance == 1 and len(known) > 1:
+        if method.options.guidance == 1 and method.options.guidance_to is None and len(known) > 1:
             at, square = (torch.tensor([f(v) for v in known]) for f in (lambda v: v["lam"], lambda v: v["gap"] ** 2))
             kl = float(torch.trapezoid(square, at)) * batch.noise[0].numel()
         return {"levels": levels, "kl": kl, "ratio": _ratio(method, anchors, batch, rng)}
@@ -73,12 +76,12 @@ def diagnose(
 
 def _anchors(method: Matching, batch: Batch, rng: Source) -> list[tuple[Any, Any]]:
     """Samples of the student as the game meets them: each part of the batch from a step of its own draw."""
-    steps = method.options.steps
+    steps, own = method.options.steps, method._steps()
     found = []
-    for part in torch.arange(len(batch)).chunk(steps):
+    for part in torch.arange(len(batch)).chunk(steps if own is None else 1):
         cond = rows(batch.cond, part)
         noise = batch.noise[part]
-        found.append((rollout(method.student, noise, cond, rng, False, steps, method.options.stop), cond))
+        found.append((rollout(method.student, noise, cond, rng, False, steps, method.options.stop, own), cond))
     return found
 
 
@@ -107,7 +110,6 @@ def _level(
     points: Tensor | None,
 ) -> dict[str, Any]:
     path, options = method.student.path, method.options
-    target = method.real if method.step < method._still_steps() else method._target()
     size, along, miss, blur = [], [], [], []
     for anchor, cond in anchors:
         x = anchor.x
@@ -115,9 +117,10 @@ def _level(
         if anchor.s > path.t_min and float(t[0]) <= anchor.s:
             continue
         x_t, clean = anchor.noised(path, t, normal(x, rng))
+        scale = method._scale(x, rng)
         own = method.critic(x_t, t, cond)
-        fake = method._guided(method.critic.denoiser)(x_t, t, cond) if options.guide_critic else own
-        y = (fake - target(x_t, t, cond)).flatten(1).double()
+        fake = guided(method.critic, scale)(x_t, t, cond) if options.guide_critic else own
+        y = (fake - method._target(scale)(x_t, t, cond)).flatten(1).double()
         own, clean = own.flatten(1).double(), clean.flatten(1).double()
         size.append(y.square().sum(1))
         along.append(((own - clean) * y).sum(1))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...adapters import LoraOptions, adapted, learn, options_of
 from ...cond import Cond, join
-from ...denoiser import Denoiser, Guided, clock_of
+from ...denoiser import Denoiser, clock_of, guided
 from ...losses import distance, generator_loss, squared_error, stopped_pull
 from ...method import Batch, Loss, Method, PairOptions
 from ...part import Part
@@ -260,7 +260,8 @@ class Matching(Method):
     def _target(self, scale: float | Tensor = 1.0) -> Any:
         """Whom the student follows in this step; a network on the way is not guided: it has no use for conditions."""
         back = self.options.backtrack
-        left = 0 if back is None else back.states - 1 - (self.step - self._still_steps()) // back.interval
+        since = self.step - self._still_steps()
+        left = 0 if back is None or since < 0 else back.states - 1 - since // back.interval
         return self.way[left - 1] if left > 0 else guided(self.teacher, scale)
 
     @torch.no_grad()
@@ -435,11 +436,6 @@ class Matching(Method):
         if options.stop == "next" or options.phases:  # its first guess alone is no sample
             return {"start": start, "steps": {options.steps: tuple(times)}, "policy": "ode"}
         return {"start": start, "steps": {1: (start,), options.steps: tuple(times)}, "policy": "renoise"}
-
-
-def guided(denoiser: Any, scale: float | Tensor) -> Any:
-    """A denoiser, or a player that is called like one, under guidance; itself where there is none."""
-    return denoiser if not isinstance(scale, Tensor) and scale == 1 else Guided(denoiser, scale)
 
 
 def inner_of(denoiser: Any) -> Any:
