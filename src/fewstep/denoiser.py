@@ -316,6 +316,13 @@ def guided(denoiser: Any, scale: float | Tensor) -> Any:
     return denoiser if not isinstance(scale, Tensor) and scale == 1 else Guided(denoiser, scale)
 
 
+def inner_of(denoiser: Any) -> Any:
+    """What is inside all wrappers."""
+    while hasattr(denoiser, "inner"):
+        denoiser = denoiser.inner
+    return denoiser
+
+
 def seen_on(denoiser: Any, path: Path) -> Any:
     """A denoiser on a path: itself where it is its own, ``Reframed`` elsewhere; None stays None."""
     return denoiser if denoiser is None or denoiser.path == path else Reframed(denoiser, path)

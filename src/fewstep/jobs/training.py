@@ -15,6 +15,7 @@ import torch
 
 from .. import __version__
 from ..adapters import own
+from ..denoiser import inner_of
 from ..errors import Refused
 from ..nets import Experts
 from ..rng import Rng, mix
@@ -22,7 +23,7 @@ from ..student import Student
 from ..tasks.base import Task
 from ..tasks.encoded import Encoded
 from ..tasks.shards import cache_folder
-from ..train.build import inner_of, make_student, method_class, method_options
+from ..train.build import make_student, method_class, method_options
 from ..train.pairs import Pairs
 from ..train.processes import after_first, again, alone, world
 from ..train.recipe import Recipe, load_recipe, write_recipe

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from ..adapters import adopt, attach, learn, share, shared, twin
-from ..denoiser import Denoiser, Reframed, Wrapped, clock_of
+from ..denoiser import Denoiser, Reframed, Wrapped, clock_of, inner_of
 from ..errors import Refused
 from ..method import Method
 from ..nets import Experts, ExpertsConfig, Net, build, inherited, resized
@@ -202,13 +202,6 @@ def divided(denoiser: Denoiser, edges: Sequence[float]) -> Denoiser:
     at = clock_of(wrapped.clock, wrapped.path, torch.tensor(edges, dtype=torch.float64))
     config = ExpertsConfig(net=net.config, edges=tuple(at.tolist()))  # type: ignore[arg-type]
     wrapped.net = Experts(config, [net, *(twin(net) for _ in edges)])
-    return denoiser
-
-
-def inner_of(denoiser: Any) -> Any:
-    """What is inside all wrappers."""
-    while hasattr(denoiser, "inner"):
-        denoiser = denoiser.inner
     return denoiser
 
 

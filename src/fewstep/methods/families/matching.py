@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...adapters import LoraOptions, adapted, learn, options_of
 from ...cond import Cond, join
-from ...denoiser import Denoiser, clock_of, guided
+from ...denoiser import Denoiser, clock_of, guided, inner_of
 from ...losses import distance, generator_loss, squared_error, stopped_pull
 from ...method import Batch, Loss, Method, PairOptions
 from ...part import Part
@@ -436,13 +436,6 @@ class Matching(Method):
         if options.stop == "next" or options.phases:  # its first guess alone is no sample
             return {"start": start, "steps": {options.steps: tuple(times)}, "policy": "ode"}
         return {"start": start, "steps": {1: (start,), options.steps: tuple(times)}, "policy": "renoise"}
-
-
-def inner_of(denoiser: Any) -> Any:
-    """What is inside all wrappers."""
-    while hasattr(denoiser, "inner"):
-        denoiser = denoiser.inner
-    return denoiser
 
 
 def experts_of(denoiser: Any) -> Sequence[nn.Module]:

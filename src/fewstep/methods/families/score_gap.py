@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ...cond import Cond, join
-from ...denoiser import Denoiser, Features, choose_taps
+from ...denoiser import Denoiser, Features, choose_taps, inner_of
 from ...losses import batch_mean, discriminator_loss, r1_by_difference, r1_penalty
 from ...nets.heads import FeatureHead
 from ...part import Part
@@ -311,9 +311,7 @@ class Adversary(nn.Module):
     @torch.no_grad()
     def choose(denoiser: Any, shape: tuple[int, ...], count: int) -> Features:
         """Set the taps of the network inside a denoiser, and show what they give."""
-        inner = denoiser
-        while hasattr(inner, "inner"):
-            inner = inner.inner
+        inner = inner_of(denoiser)
         if not hasattr(inner, "taps"):
             raise ValueError(f"{type(inner).__name__} has no features for an adversary to read: leave gan off")
         like = next(inner.parameters())
