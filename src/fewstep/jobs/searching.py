@@ -237,9 +237,12 @@ def _data(reference: str | File | None, model: str, teacher: Any) -> Task | None
     from ..interop import packaged
 
     own = teacher.contract.task if model in packaged() and teacher.contract is not None else None
-    if reference is None and own is None:
+    if reference is not None:
+        task = reference_task(reference, teacher.shape)
+    elif own is not None:
+        task = task_named(own)
+    else:
         return None
-    task = task_named(own) if reference is None else reference_task(reference, teacher.shape)
     if not task.has_data:
         raise Refused(f"reference {str(reference)!r} holds no samples to compare with")
     with torch.no_grad():
