@@ -3,10 +3,11 @@
     python benchmarks/skipping.py --plan plan.json   # of `fewstep search digits --nfe 4 --out plan.json`
     python benchmarks/skipping.py --keep 0.8 --nfe 8 # the recommended plan of 8 calls
 
-The search for blocks sees the Fréchet distance to real training digits in the features of a network that chooses, as
-`fewstep search` does, and no network that measures. Fréchet distances are means over the protocol's draws of noise,
-which no search has seen; both plans meet the same ones, so that the standard error of their difference is that of the
-pairs.
+The search for blocks sees what ``--judge`` says and no network that measures: ``features`` is the distance to the fine
+solution in the teacher's own layers, with a fit by gradient, ``data`` the Fréchet distance to real training digits in
+the features of a network that chooses, without one, which is what `fewstep search digits --keep 0.9` does. Fréchet
+distances are means over the protocol's draws of noise, which no search has seen; both plans meet the same ones, so that
+the standard error of their difference is that of the pairs.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 
+from fewstep.denoiser import choose_taps
 from fewstep.evaluate import Protocol
 from fewstep.evaluate.measure import Evaluation
 from fewstep.evaluate.sampling import Candidate
@@ -28,22 +30,43 @@ from fewstep.evaluate.stage import Quiet, measuring
 from fewstep.interop import load_teacher
 from fewstep.metrics.features import features_for
 from fewstep.rng import mix
-from fewstep.search import Contest, Evolution, FrechetTo, Pairs, prune
+from fewstep.search import (
+    Contest,
+    Evolution,
+    FeatureDistance,
+    Fitting,
+    FrechetTo,
+    Objective,
+    Pairs,
+    prune,
+    solved,
+)
 from fewstep.solvers import SolverPlan, recommended, sample, start_noise
 from fewstep.tasks import task_named
 
 
-def contest_of(teacher: Any, task: Any, budget: int, seed: int) -> Contest:
+def contest_of(teacher: Any, task: Any, budget: int, fitting: int, seed: int, judge: str) -> Contest:
     def pairs(name: str, count: int) -> Pairs:
         rng = torch.Generator().manual_seed(mix(seed, "starts", name))
         x = start_noise(teacher.path, teacher.path.t_max, torch.randn(count, *task.shape, generator=rng))
-        return Pairs(x, torch.arange(count) % 10, x)  # the ends of the fine solution are not read
+        cond = torch.arange(count) % 10
+        return Pairs(x, cond, x) if judge == "data" else solved(teacher, x, cond)  # data: no fine solution is read
 
-    train, valid, held = pairs("train", 256), pairs("valid", 256), pairs("held", 256)
-    objective = FrechetTo(features_for(task, purpose="select"), task.train.data, task.finish)
+    law = judge == "data"
+    train, valid, held = pairs("train", 256), pairs("valid", 256 if law else 128), pairs("held", 256)
+    objective: Objective
+    if law:
+        objective = FrechetTo(features_for(task, purpose="select"), task.train.data, task.finish)
+    else:
+        few = train.rows(slice(0, 2))
+        teacher.taps = choose_taps(teacher.net, lambda: teacher(few.x, teacher.path.t_max, few.cond), 3)
+        objective = FeatureDistance(teacher, train)
+        train, valid, held = (objective.marked(one) for one in (train, valid, held))
     return Contest(
-        teacher, train, valid, held, objective, evolution=Evolution(budget=budget, first=128, seed=seed), batch=128
-    )
+        teacher, train, valid, held, objective,
+        evolution=Evolution(budget=budget, first=128 if law else 64, seed=seed),
+        fitting=Fitting(steps=fitting, seed=seed), batch=128 if law else 64,
+    )  # fmt: skip
 
 
 def main() -> None:
@@ -52,6 +75,8 @@ def main() -> None:
     parser.add_argument("--nfe", type=int, default=4)
     parser.add_argument("--keep", type=float, default=0.9)
     parser.add_argument("--budget", type=int, default=60)
+    parser.add_argument("--judge", choices=("data", "features"), default="data")
+    parser.add_argument("--fitting", type=int, default=100, help="steps of the fit to what is left (features)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--draws", type=int, default=16)
     parser.add_argument("--save", type=Path, help="write the plan that leaves blocks out here")
@@ -61,10 +86,10 @@ def main() -> None:
     teacher, task = load_teacher("digits").denoiser.requires_grad_(False), task_named("digits")
     plan = SolverPlan.load(options.plan) if options.plan else recommended(teacher.path, options.nfe)
     began = time.perf_counter()
-    contest = contest_of(teacher, task, options.budget, options.seed)
+    contest = contest_of(teacher, task, options.budget, options.fitting, options.seed, options.judge)
     found = prune(plan, contest, keep=options.keep)
     print(f"{found.flops:.3f} of the FLOPs, found in {time.perf_counter() - began:.0f} s")
-    print(f"distance to training digits on unseen starts {found.score:.4f}, of the whole network {found.whole:.4f}")
+    print(f"{contest.objective.name} on unseen starts {found.score:.4f}, of the whole network {found.whole:.4f}")
     print(
         f"of random masks {statistics.fmean(found.chance):.4f}, {min(found.chance):.4f} the best of {len(found.chance)}"
     )
