@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...cond import rows
-from ...denoiser import Denoiser
+from ...denoiser import Denoiser, Guided
 from ...method import Batch
 from ...path import normal
 from ...rng import Source
@@ -107,7 +107,7 @@ def _level(
     points: Tensor | None,
 ) -> dict[str, Any]:
     path, options = method.student.path, method.options
-    target = method.real if method.step < method._still_steps() else method._target()
+    target = _target(method)
     size, along, miss, blur = [], [], [], []
     for anchor, cond in anchors:
         x = anchor.x
@@ -116,7 +116,7 @@ def _level(
             continue
         x_t, clean = anchor.noised(path, t, normal(x, rng))
         own = method.critic(x_t, t, cond)
-        fake = method._guided(method.critic.denoiser)(x_t, t, cond) if options.guide_critic else own
+        fake = _guided(method.critic.denoiser, options.guidance)(x_t, t, cond) if options.guide_critic else own
         y = (fake - target(x_t, t, cond)).flatten(1).double()
         own, clean = own.flatten(1).double(), clean.flatten(1).double()
         size.append(y.square().sum(1))
@@ -143,6 +143,19 @@ def _level(
         square, error = float(torch.cat(miss).mean()), float(torch.cat(blur).mean())
         level["lag"] = alpha / sigma * (square - error) ** 0.5 if square >= 2 * error else None
     return {"lam": lam, **level}
+
+
+def _guided(denoiser: Any, scale: float) -> Any:
+    return denoiser if scale == 1 else Guided(denoiser, scale)
+
+
+def _target(method: Matching) -> Any:
+    """Whom the student follows now: the guided teacher, or a network on the way back to it."""
+    if method.options.backtrack is not None and method.step >= method._still_steps():
+        now = method._target()
+        if any(now is one for one in method.way):
+            return now
+    return _guided(method.teacher, method.options.guidance)
 
 
 def _coefs(path: Any, lam: float) -> tuple[float, float]:
