@@ -2,12 +2,12 @@
 
     python benchmarks/memory.py                    # tables; --json FILE writes them, --quick is a smoke run
 
-Every method runs in a process of its own. The peak is counted tensor by tensor (weights, gradients, moments, average,
-activations; not what a library takes inside one operation) over a turn of every player. ``resident`` is what the
-operating system saw the process take above what it had before the first network, by a run of the same step; libraries
-and the allocator's slack are in it. The second table holds one call for teacher and critic together against two calls,
-and reading features early against running the whole network, in time (medians of interleaved rounds, processor time of
-one thread) and in memory. An option that saves nothing is a failure.
+The peak is counted tensor by tensor, from shapes alone (weights, gradients, moments, average, activations; not what a
+library takes inside one operation), over a turn of every player. With ``--resident`` every step is also run, in a
+process of its own, and the table has what the operating system saw it take above what it had before the first network:
+libraries and the allocator's slack are in it. The second table holds one call for teacher and critic together against
+two calls, and reading features early against running the whole network, in time (medians of interleaved rounds,
+processor time of one thread) and in memory. An option that saves nothing is a failure.
 """
 
 from __future__ import annotations
@@ -22,14 +22,13 @@ from pathlib import Path
 from typing import Any
 
 SHAPE = (1, 32, 32)
-WIDTHS, QUICK = (32, 64, 64), (8, 16)
+WIDTHS, QUICK = (32, 64), (8, 16)
 MB = 2**20
 LORA: dict[str, Any] = {"rank": 16, "targets": "all"}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     # name: method, its options, precision
     "regression": ("regression", {}, {}),
     "dmd2": ("dmd2", {}, {}),
-    "dmd2, guided": ("dmd2", {"guidance": 2.0}, {}),
     "dmd2, LoRA critic": ("dmd2", {"critic_lora": LORA}, {}),
     "dmd2, adversary": ("dmd2", {"gan": {}}, {}),
     "disback": ("disback", {}, {}),
@@ -42,9 +41,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "sim, both": ("sim", {"critic_lora": LORA}, {"checkpointing": True}),
     "sid": ("sid", {}, {}),
     "uni_instruct": ("uni_instruct", {}, {}),
-    "uni_instruct, checkpointing": ("uni_instruct", {}, {"checkpointing": True}),
 }
-SAVES = {"sim, checkpointing": "sim", "sim, LoRA critic": "sim", "dmd2, LoRA critic": "dmd2"}
+SAVES = {"sim, checkpointing": "sim", "sim, both": "sim", "dmd2, LoRA critic": "dmd2"}
 """A case that must take less than another."""
 
 
@@ -53,7 +51,8 @@ def denoiser(widths: tuple[int, ...]) -> Any:
     from fewstep.nets import build
     from fewstep.path import Exploding
 
-    net = build({"kind": "unet", "shape": SHAPE, "widths": widths, "classes": 10})
+    attention = (False,) * (len(widths) - 1) + (True,)
+    net = build({"kind": "unet", "shape": SHAPE, "widths": widths, "attention": attention, "classes": 10})
     return Wrapped(net, Exploding(sigma_min=0.02, sigma_max=20.0), "cm", "250 log_sigma", scale_input=True)
 
 
@@ -80,7 +79,16 @@ def task_of(count: int) -> Any:
     return Pictures()
 
 
-def one(name: str, batch: int, widths: tuple[int, ...], fake: bool) -> dict[str, float]:
+def alone(name: str, batch: int, widths: tuple[int, ...]) -> dict[str, float]:
+    """A case run in a process of its own."""
+    command = [sys.executable, __file__, "--one", name, "--batch", str(batch), "--resident"]
+    command += ["--quick"] * (widths == QUICK)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def one(name: str, batch: int, widths: tuple[int, ...], fake: bool = True) -> dict[str, float]:
     """A case in this process: counted from shapes, or run."""
     import torch
 
@@ -157,17 +165,14 @@ def main() -> int:
     chosen = parser.parse_args()
     widths, batch = (QUICK, 2) if chosen.quick else (WIDTHS, chosen.batch)
     if chosen.one:
-        print(json.dumps(one(chosen.one, batch, widths, not chosen.resident)))
+        print(json.dumps(one(chosen.one, batch, widths, False)))
         return 0
     rows: dict[str, dict[str, float]] = {}
     print(f"U-Net {widths} on {SHAPE[1]}x{SHAPE[2]}, batch {batch}, MiB\n")
     resident = " resident |" if chosen.resident else ""
     print(f"| method | weights | peak | of regression |{resident}\n|---|---|---|---|{'---|' if resident else ''}")
     for name in list(CASES)[:: 5 if chosen.quick else 1]:
-        command = [sys.executable, __file__, "--one", name, "--batch", str(batch)]
-        command += ["--quick"] * chosen.quick + ["--resident"] * chosen.resident
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        row = rows[name] = json.loads(done.stdout.splitlines()[-1])
+        row = rows[name] = alone(name, batch, widths) if chosen.resident else one(name, batch, widths)
         last = f" {row['resident']:.0f} |" if resident else ""
         share = row["peak"] / rows["regression"]["peak"]
         print(f"| {name} | {row['weights']:.1f} | {row['peak']:.1f} | {share:.2f} |{last}", flush=True)

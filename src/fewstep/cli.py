@@ -120,14 +120,7 @@ def _chosen(
 
     changes = [*(overrides or ()), *([f"seed={seed}"] if seed is not None else [])]
 
-    def choose() -> tuple[Recipe, str]:
-        return jobs.choose(base, changes, device=device, memory=budget["memory"], minutes=budget["minutes"])
-
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        return choose()
-    from .train.processes import alone
-
-    return alone(choose)
+    return jobs.choose(base, changes, device=device, memory=budget["memory"], minutes=budget["minutes"])
 
 
 def _run_folder(what: str, out: Path | None, resume: bool) -> Path:

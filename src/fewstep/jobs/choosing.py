@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from .. import machine
 from ..errors import Refused
 from ..path import Exploding
 from ..tasks.prompts import Prompts
+from ..train.processes import agree, alone
 from ..train.recipe import Recipe, recipe_from
 from .planning import least, rehearsed_setting, weighed
 from .setting import Setting
@@ -62,9 +64,12 @@ def choose(
     before = [text for text in overrides if not text.startswith("method.")]
     plain = base.model_dump(mode="json", exclude_none=True)
     first = recipe_from({**plain, "stages": []}, before, where=base.name or "recipe")
-    with tempfile.TemporaryDirectory() as scratch:
+    with contextlib.ExitStack() as left:
+        scratch = alone(lambda: left.enter_context(tempfile.TemporaryDirectory()))  # a teacher may be trained into it
         setting = rehearsed_setting(first, File(scratch), device)
-        recipe, line = decide(first, setting, device, limit, minutes)
+        found = decide(first, setting, device, limit, minutes)
+        recipe, line = alone(lambda: found)  # memory and clocks of the first of several processes
+        agree(True)  # nobody clears away what another still reads
     plain = recipe.model_dump(mode="json", exclude_none=True)
     return recipe_from(plain, overrides, where=base.name or "recipe"), line
 
@@ -180,7 +185,8 @@ def _with(base: Recipe, one: Candidate, setting: Setting) -> Recipe:
         if kind == "game":
             plain["optim"]["players"] = {"critic": {**OPTIM[kind], "lr": 2 * rate}}
         plain["schedule"] = {"flat": 0.3 if kind == "regression" else 0.5}
-        plain["ema"] = {"decay": 0.99}
+        if count < TINY:
+            plain["ema"] = {"decay": 0.99}
     plain["checkpoint"] = {**plain.get("checkpoint", {}), "best": True}
     return recipe_from({**plain, "stages": [], "expect": {}}, where="auto")
 
