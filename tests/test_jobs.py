@@ -103,7 +103,7 @@ class Stopper(Nobody):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("method", ["regression", "dmd2", "consistency", "meanflow"])
+@pytest.mark.parametrize("method", ["regression", "dmd2", "consistency", "meanflow", "self_e"])
 def test_a_stopped_run_that_goes_on_ends_bit_equal_to_one_that_was_not(method, tmp_path):
     section = {"name": method, "options": {"critic_turns": 2}} if method == "dmd2" else {"name": method}
     if method == "regression":

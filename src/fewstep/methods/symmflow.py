@@ -113,7 +113,8 @@ def read(student: Student, x0: Tensor, channels: int, rng: Source, steps: int = 
 
     The mean over ``draws`` starts of the label's noise.
     """
-    path, total = student.path, 0.0
+    path = student.path
+    total: Tensor | float = 0.0
     times = torch.linspace(path.t_min, path.t_max, steps + 1, dtype=torch.float64).tolist()
     for _ in range(draws):
         z = torch.cat([x0, normal(x0.new_empty(len(x0), channels, *x0.shape[2:]), rng)], 1)
