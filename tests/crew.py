@@ -75,7 +75,9 @@ METHODS = {
         "options": {"critic_turns": 1, "backtrack": {"states": 2, "every": 1, "interval": 2}},
     },
     "consistency": {"name": "consistency", "options": {"target_decay": 0.5}},
+    "consistency_trajectory": {"name": "consistency_trajectory", "options": {"first": 4, "last": 4}},
     "meanflow": {"name": "meanflow", "options": {"derivative": "difference", "jumps": 0.3}},
+    "self_e": {"name": "self_e", "options": {"steps": [1, 2]}},
 }
 
 

@@ -123,7 +123,10 @@ def test_the_contract_is_asked_of_every_row_of_distribution_matching():
     assert rows == set(MATCHING)
 
 
-@pytest.mark.parametrize("method", ["regression", "reflow", "progressive", "consistency", "meanflow", *MATCHING])
+@pytest.mark.parametrize(
+    "method",
+    ["regression", "reflow", "progressive", "consistency", "consistency_trajectory", "meanflow", "self_e", *MATCHING],
+)
 def test_a_stopped_run_that_goes_on_ends_bit_equal_to_one_that_was_not(method, tmp_path):
     section = {"name": method, "options": MATCHING.get(method, {})}
     if method in ("regression", "reflow"):
