@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..cond import Cond, rows
-from ..denoiser import choose_taps, tapped
+from ..denoiser import choose_taps, inner_of, tapped
 from ..derivative import Derivative, along_flow, still_fast_waves
 from ..losses import dispersive
 from ..method import Batch, Loss, Method
@@ -86,7 +86,7 @@ class MeanFlow(Method):
             still_fast_waves(student, self.options.still)
         self.taps: tuple[str, ...] = ()
         if self.options.dispersive is not None:
-            net, x = inner_net(student.denoiser), next(student.parameters()).new_zeros(2, *student.shape)
+            net, x = inner_of(student.denoiser).net, next(student.parameters()).new_zeros(2, *student.shape)
             t, s = x.new_full((2,), 0.5), x.new_full((2,), 0.2)
             self.taps = choose_taps(net, lambda: student(x, t, s), self.options.dispersive.taps)
 
@@ -121,7 +121,7 @@ class MeanFlow(Method):
         if not self.taps:
             return self.student(x, t, s, cond, "average_velocity"), None
         given = self.options.dispersive
-        with tapped(inner_net(self.student.denoiser), self.taps) as features:
+        with tapped(inner_of(self.student.denoiser).net, self.taps) as features:
             guess = self.student(x, t, s, cond, "average_velocity")
         terms = [dispersive(f.to(torch.promote_types(f.dtype, torch.float32)), given.kind, given.temperature)
                  for f in features]  # fmt: skip
@@ -148,14 +148,6 @@ class MeanFlow(Method):
     @classmethod
     def student_options(cls, options: Any, path: Path) -> dict[str, Any]:
         return even_steps(path, options.start, options.steps)
-
-
-def inner_net(denoiser: Any) -> nn.Module:
-    """The network inside all wrappers of a denoiser."""
-    while hasattr(denoiser, "inner"):
-        denoiser = denoiser.inner
-    net: nn.Module = denoiser.net
-    return net
 
 
 def even_steps(path: Path, start: float | None, counts: tuple[int, ...]) -> dict[str, Any]:
