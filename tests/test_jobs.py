@@ -14,6 +14,8 @@ import torch
 
 from fewstep import jobs, registry
 from fewstep.errors import Failed, Interrupted, Refused
+from fewstep.jobs.setting import prepare
+from fewstep.jobs.training import measured_teacher, taught_under
 from fewstep.methods.families.matching import Matching
 from fewstep.train.build import make_student
 from fewstep.train.pairs import Pairs
@@ -80,6 +82,28 @@ def test_a_finished_run_is_sampled_image_by_image_the_same(finished, tmp_path):
 def test_a_step_count_that_was_not_trained_is_refused_with_those_that_were(finished, tmp_path):
     with pytest.raises(ValueError, match="trained for 1 step"):
         jobs.sample(finished[0], 1, steps=3, out=tmp_path)
+
+
+def test_a_student_is_held_to_its_teacher_under_the_guidance_that_it_was_taught_under(tmp_path):
+    def of(method, options, teacher=1.0, stages=()):
+        recipe = changed(
+            task={"name": "digits"},
+            teacher={"source": "digits", "guidance": teacher},
+            student={},
+            method={"name": method, "options": options},
+            stages=stages,
+        )
+        setting = prepare(recipe, tmp_path, "cpu", Nobody())
+        return setting, taught_under(recipe, setting.task), measured_teacher(recipe, setting)
+
+    setting, scale, denoiser = of("dmd2", {"guidance": 2.5})  # guides its teacher itself
+    assert scale == denoiser.scale == 2.5 and denoiser.inner is setting.raw
+    setting, scale, denoiser = of("regression", {}, teacher=3.0)  # learns from pairs of a guided one
+    assert scale == denoiser.scale == 3.0 and denoiser is setting.denoiser
+    assert of("swiftbrush", {})[1] == 4.5  # a method's own default
+    last = {"steps": 1, "method": {"name": "sim"}}
+    setting, scale, denoiser = of("regression", {}, teacher=3.0, stages=[last])  # the last stage's word counts
+    assert scale == 1 and denoiser is setting.raw
 
 
 def test_every_stage_starts_from_the_student_before_it(tmp_path):

@@ -8,9 +8,17 @@ from safetensors.torch import load_file, save_file
 
 from fewstep.denoiser import Guided, Wrapped
 from fewstep.errors import Failed, Refused
-from fewstep.interop import check_student, load_student, load_teacher, save_student, weights_sha256
+from fewstep.interop import (
+    check_student,
+    load_student,
+    load_teacher,
+    refuse_homeless,
+    save_student,
+    weights_sha256,
+)
 from fewstep.interop.plain import karras_grid
 from fewstep.methods.families.matching import Matching
+from fewstep.methods.score_gap import TDM
 from fewstep.nets import MLP, DiT, DiTConfig, MLPConfig, UNet, UNetConfig
 from fewstep.path import Exploding, Straight, VariancePreserving
 from fewstep.registry import METHODS
@@ -85,6 +93,18 @@ def test_a_student_of_every_row_of_distribution_matching_runs_in_plain_diffusers
     loaded = load_student(tmp_path / "s")
     assert loaded.contract.method == entry.name
     assert loaded.contract.teacher.sha256 == teacher.sha256
+
+
+def test_times_that_a_pipeline_cannot_step_to_are_refused_before_training(teachers):
+    teacher = teachers["ddim"]
+
+    def made(times):
+        options = TDM.Options(start=1.0, times=times)
+        return Student.like(teacher.denoiser, teacher.shape, **TDM.student_options(options, teacher.denoiser.path))
+
+    with pytest.raises(Refused, match="4"):
+        refuse_homeless(made(None), teacher)
+    refuse_homeless(made((1.0, 0.75, 0.5, 0.25)), teacher)
 
 
 def test_an_exported_program_runs_in_a_process_without_this_package(tmp_path):

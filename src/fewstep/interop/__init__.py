@@ -11,7 +11,16 @@ from .image import write_image
 from .recorded import Recorded
 from .recorder import Recording, record
 from .schedules import Schedule, read_schedule
-from .student import Check, LoadedStudent, check_student, load_student, save_student, save_teacher, weights_sha256
+from .student import (
+    Check,
+    LoadedStudent,
+    check_student,
+    load_student,
+    refuse_homeless,
+    save_student,
+    save_teacher,
+    weights_sha256,
+)
 from .teacher import Teacher, load_teacher, packaged
 
 __all__ = [
@@ -32,6 +41,7 @@ __all__ = [
     "read_config",
     "read_schedule",
     "record",
+    "refuse_homeless",
     "save_student",
     "save_teacher",
     "weights_sha256",

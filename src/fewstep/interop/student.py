@@ -151,6 +151,13 @@ def save_student(
     )
 
 
+def refuse_homeless(student: Student, teacher: Teacher) -> None:
+    """Refused, before anything is trained, where the teacher's pipeline could not run the student at its times."""
+    shipped = student.unframed()
+    if isinstance(wrapped(shipped).net, Recorded):
+        _planned(shipped, teacher.classes, teacher, True)
+
+
 def save_teacher(
     denoiser: Denoiser,
     folder: File | str,

@@ -15,7 +15,7 @@ import torch
 
 from .. import __version__
 from ..adapters import own
-from ..denoiser import inner_of
+from ..denoiser import Denoiser, Guided, inner_of
 from ..errors import Refused
 from ..nets import Experts
 from ..rng import Rng, mix
@@ -111,6 +111,10 @@ def _learn(
                 within = taught_by(student, setting)
                 teaches = _teacher_hash(within)
             method = game(part, within, fresh)
+            if index == len(parts) - 1 and setting.teacher is not None:
+                from ..interop import refuse_homeless
+
+                refuse_homeless(fresh, setting.teacher)
             if index == 0 and not resume and open_run is not None:
                 open_run()
             wanted = method.pairs()
@@ -296,6 +300,23 @@ def distill(
     return content
 
 
+def taught_under(recipe: Recipe, task: Task) -> float:
+    """The scale of guidance that went into the student: the last method's own, or its teacher's."""
+    last = recipe.stage(len(recipe.stages))
+    if method_class(last.method.name).guides:
+        return float(method_options(last.method, last, task).guidance)
+    return recipe.teacher.guidance if recipe.teacher else 1.0
+
+
+def measured_teacher(recipe: Recipe, setting: Setting) -> Denoiser | None:
+    """The teacher that a student is held to: under the guidance that it was taught under."""
+    scale = taught_under(recipe, setting.task)
+    if setting.raw is None or recipe.teacher is None or scale == recipe.teacher.guidance:
+        return setting.denoiser
+    null = setting.teacher.null if setting.teacher is not None else None
+    return setting.raw if scale == 1 else Guided(setting.raw, scale, null)
+
+
 def _evaluated(
     recipe: Recipe, run: File, setting: Setting, student: Student, facts: Mapping[str, Any], watch: Watch
 ) -> Any:
@@ -311,7 +332,7 @@ def _evaluated(
         source = recipe.teacher.source
         alone(lambda: _take_figures(source, run / "cache"))
     makes = method_class(recipe.method.name).makes
-    teacher = student.denoiser if makes == "teacher" else setting.denoiser
+    teacher = student.denoiser if makes == "teacher" else measured_teacher(recipe, setting)
     report = evaluate(
         None if makes == "teacher" else student, teacher, task, Protocol(**recipe.evaluate.protocol), features,
         watch=watch, seed=recipe.seed, train=pixels.train, cache=run / "cache",
@@ -326,14 +347,14 @@ def _without_reference(
     recipe: Recipe, run: File, setting: Setting, student: Student, facts: Mapping[str, Any], watch: Watch
 ) -> Any:
     """The report of a task that has conditions and no data: the student beside its teacher alone."""
-    if setting.denoiser is None:
+    teacher = measured_teacher(recipe, setting)
+    if teacher is None:
         raise Refused("without data a student is measured against its teacher, and this recipe names none")
     from ..evaluate import Protocol
     from ..evaluate.noref import evaluate_without_reference
 
-    assert setting.denoiser is not None  # prompts are only taken with a teacher
     report = evaluate_without_reference(
-        student, setting.denoiser, setting.task, Protocol(**recipe.evaluate.protocol), watch=watch, seed=recipe.seed,
+        student, teacher, setting.task, Protocol(**recipe.evaluate.protocol), watch=watch, seed=recipe.seed,
         cache=run / "cache",
     )  # fmt: skip
     if world().first:
@@ -375,13 +396,10 @@ def _save(
         )  # fmt: skip
         return folder
     folder = run / "student"
-    baked = recipe.teacher.guidance if recipe.teacher else 1.0
-    if method_class(recipe.method.name).guides:
-        baked = float(recipe.method.options.get("guidance", 1.0))
     check = save_student(
-        student, folder, method=recipe.method.name, teacher=setting.teacher, name=name, task=recipe.task.name,
-        classes=task.classes, value_range=task.value_range, training=training, table=rows, pictures=pictures,
-        guidance=baked, licence=recipe.licence or None,
+        student, folder, method=recipe.stage(len(recipe.stages)).method.name, teacher=setting.teacher, name=name,
+        task=recipe.task.name, classes=task.classes, value_range=task.value_range, training=training, table=rows,
+        pictures=pictures, guidance=taught_under(recipe, task), licence=recipe.licence or None,
         recipe_sha256=recipe.sha256, seed=recipe.seed, overwrite=True,
     )  # fmt: skip
     for line in check.messages:

@@ -148,7 +148,10 @@ def evaluate(
     student: File, against: str | File, reference: str | File, out: File, *, seed: int = 0, device: str = "cpu",
     watch: Watch | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure a student beside its teacher by the protocol; writes ``out`` as a run folder with a report."""
+    """Measure a student beside its teacher by the protocol; writes ``out`` as a run folder with a report.
+
+    The teacher is guided as the student's contract says that it was when it taught.
+    """
     from ..evaluate import Protocol
     from ..evaluate import evaluate as measure
     from ..interop import load_student, load_teacher
@@ -161,9 +164,8 @@ def evaluate(
     out.mkdir(parents=True, exist_ok=True)
     features = after_first(lambda: features_for(task, out / "cache"))
     loaded.student.to(device)
-    teacher.denoiser.to(device)
     report = measure(
-        loaded.student, teacher.denoiser, task, Protocol(), features, watch=watch or Nobody(),
+        loaded.student, _as_it_taught(loaded, teacher, device), task, Protocol(), features, watch=watch or Nobody(),
         seed=seed, train=task.train, cache=out / "cache",
     )  # fmt: skip
     alone(lambda: _written(report, out))
@@ -214,7 +216,6 @@ def evaluate_prompts(
 
     The teacher is guided as the student's contract says that it was when it taught.
     """
-    from ..denoiser import Guided
     from ..evaluate import evaluate_without_reference, write_report
     from ..interop import load_student, load_teacher
     from ..metrics.folders import ClipScorer, FolderFeatures
@@ -228,17 +229,23 @@ def evaluate_prompts(
     looks = None if features is None else FolderFeatures(features, teacher.value_range or (-1.0, 1.0), device)
     out.mkdir(parents=True, exist_ok=True)
     loaded.student.to(device)
-    teacher.denoiser.to(device)
-    scale = loaded.contract.guidance.baked
-    guided = teacher.denoiser if scale == 1 else Guided(teacher.denoiser, scale, teacher.null)
     report = evaluate_without_reference(
-        loaded.student, guided, task, watch=watch or Nobody(), seed=seed, scorer=scores, features=looks,
+        loaded.student, _as_it_taught(loaded, teacher, device), task, watch=watch or Nobody(), seed=seed,
+        scorer=scores, features=looks,
         cache=out / "cache",
     )  # fmt: skip
     report.save(out)
     write_report(out)
     content: dict[str, Any] = json.loads((out / "report" / "report.json").read_text(encoding="utf-8"))
     return content
+
+
+def _as_it_taught(loaded: Any, teacher: Any, device: str) -> Any:
+    """The teacher under the guidance that a student's contract says it was taught under."""
+    from ..denoiser import Guided
+
+    denoiser, scale = teacher.denoiser.to(device), loaded.contract.guidance.baked
+    return denoiser if scale == 1 else Guided(denoiser, scale, teacher.null)
 
 
 def _prompts(file: File, teacher: Any) -> Task:
