@@ -343,11 +343,15 @@ def _result(
         {"sampler": name.split()[0], "grid": (name.split() + [None])[1], "score": score, "gain": score / verdict.score}
         for name, score in verdict.fixed.items()
     ]
-    said = {"fixed": f"{out}: no candidate beat the best fixed sampler, {verdict.best_fixed}: the plan is that one"}
-    line = said.get(verdict.how) or (
-        f"{out}: {verdict.score:.4g} on {starts} unseen starts, {verdict.gain:.2f} times below the best fixed sampler "
-        f"({verdict.best_fixed}), found by {verdict.how}"
-    )
+    if verdict.how == "fixed":
+        name = next(name for name, score in verdict.fixed.items() if score == verdict.score)
+        line = f"{out}: no candidate beat a fixed sampler, {name}: the plan is that one"
+    else:
+        beside = f"{verdict.gain:.2f} times below" if verdict.gain >= 1 else f"{1 / verdict.gain:.2f} times above"
+        line = (
+            f"{out}: {verdict.score:.4g} on {starts} unseen starts, {beside} the best fixed sampler "
+            f"({verdict.best_fixed}), found by {verdict.how}"
+        )
     return {
         "plan": str(out), "model": model, "nfe": nfe, "objective": wanted, "found_by": verdict.how,
         "score": verdict.score, "best_fixed": verdict.best_fixed, "gain": verdict.gain, "unseen_starts": starts,
