@@ -102,8 +102,8 @@ def test_a_student_is_held_to_its_teacher_under_the_guidance_that_it_was_taught_
     assert scale == denoiser.scale == 3.0 and denoiser is setting.denoiser
     assert of("swiftbrush", {})[1] == 4.5  # a method's own default
     last = {"steps": 1, "method": {"name": "sim"}}
-    setting, scale, denoiser = of("regression", {}, teacher=3.0, stages=[last])  # the last stage's word counts
-    assert scale == 1 and denoiser is setting.raw
+    setting, scale, denoiser = of("regression", {}, teacher=3.0, stages=[last])  # last taught without guidance,
+    assert scale == 1 and denoiser is setting.denoiser  # and held to the teacher that the recipe names
 
 
 def test_every_stage_starts_from_the_student_before_it(tmp_path):

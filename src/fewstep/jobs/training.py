@@ -309,12 +309,11 @@ def taught_under(recipe: Recipe, task: Task) -> float:
 
 
 def measured_teacher(recipe: Recipe, setting: Setting) -> Denoiser | None:
-    """The teacher that a student is held to: under the guidance that it was taught under."""
+    """The teacher that a student is held to: guided as the recipe says, else as it was when the last method was taught."""
     scale = taught_under(recipe, setting.task)
-    if setting.raw is None or recipe.teacher is None or scale == recipe.teacher.guidance:
+    if setting.raw is None or recipe.teacher is None or recipe.teacher.guidance != 1 or scale == 1:
         return setting.denoiser
-    null = setting.teacher.null if setting.teacher is not None else None
-    return setting.raw if scale == 1 else Guided(setting.raw, scale, null)
+    return Guided(setting.raw, scale, setting.teacher.null if setting.teacher is not None else None)
 
 
 def _evaluated(
