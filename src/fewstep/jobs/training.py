@@ -309,7 +309,7 @@ def taught_under(recipe: Recipe, task: Task) -> float:
 
 
 def measured_teacher(recipe: Recipe, setting: Setting) -> Denoiser | None:
-    """The teacher that a student is held to: guided as the recipe says, else as it was when the last method was taught."""
+    """The teacher that a student is held to: guided as the recipe says, else as the last method guided it."""
     scale = taught_under(recipe, setting.task)
     if setting.raw is None or recipe.teacher is None or recipe.teacher.guidance != 1 or scale == 1:
         return setting.denoiser
