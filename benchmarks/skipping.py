@@ -4,7 +4,8 @@
     python benchmarks/skipping.py --keep 0.8 --nfe 8 # the recommended plan of 8 calls
 
 The search for blocks sees what ``--judge`` says and no network that measures: ``features`` is the distance to the fine
-solution in the teacher's own layers, with a fit by gradient, ``data`` the Fréchet distance to real training digits in
+solution in the teacher's own layers, with a fit by gradient, ``plan`` the same distance to the whole network's samples
+by the same plan, ``data`` the Fréchet distance to real training digits in
 the features of a network that chooses, without one, which is what `fewstep search digits --keep 0.9` does. Fréchet
 distances are means over the protocol's draws of noise, which no search has seen; both plans meet the same ones, so that
 the standard error of their difference is that of the pairs.
@@ -45,11 +46,13 @@ from fewstep.solvers import SolverPlan, recommended, sample, start_noise
 from fewstep.tasks import task_named
 
 
-def contest_of(teacher: Any, task: Any, budget: int, fitting: int, seed: int, judge: str) -> Contest:
+def contest_of(teacher: Any, task: Any, plan: SolverPlan, budget: int, fitting: int, seed: int, judge: str) -> Contest:
     def pairs(name: str, count: int) -> Pairs:
         rng = torch.Generator().manual_seed(mix(seed, "starts", name))
         x = start_noise(teacher.path, teacher.path.t_max, torch.randn(count, *task.shape, generator=rng))
         cond = torch.arange(count) % 10
+        if judge == "plan":
+            return Pairs(x, cond, sample(teacher, x, plan, cond=cond))
         return Pairs(x, cond, x) if judge == "data" else solved(teacher, x, cond)  # data: no fine solution is read
 
     law = judge == "data"
@@ -75,7 +78,7 @@ def main() -> None:
     parser.add_argument("--nfe", type=int, default=4)
     parser.add_argument("--keep", type=float, default=0.9)
     parser.add_argument("--budget", type=int, default=60)
-    parser.add_argument("--judge", choices=("data", "features"), default="data")
+    parser.add_argument("--judge", choices=("data", "features", "plan"), default="data")
     parser.add_argument("--fitting", type=int, default=100, help="steps of the fit to what is left (features)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--draws", type=int, default=16)
@@ -86,7 +89,7 @@ def main() -> None:
     teacher, task = load_teacher("digits").denoiser.requires_grad_(False), task_named("digits")
     plan = SolverPlan.load(options.plan) if options.plan else recommended(teacher.path, options.nfe)
     began = time.perf_counter()
-    contest = contest_of(teacher, task, options.budget, options.fitting, options.seed, options.judge)
+    contest = contest_of(teacher, task, plan, options.budget, options.fitting, options.seed, options.judge)
     found = prune(plan, contest, keep=options.keep)
     print(f"{found.flops:.3f} of the FLOPs, found in {time.perf_counter() - began:.0f} s")
     print(f"{contest.objective.name} on unseen starts {found.score:.4f}, of the whole network {found.whole:.4f}")
