@@ -122,8 +122,9 @@ def search(
     pruned, few = None, options
     if keep < 1:
         if wanted.law:
-            few = _held_to(verdict.plan, options, teacher)
-        few = replace(few, evolution=replace(few.evolution, budget=max(30, budget // (2 if wanted.law else 5))))
+            fitting = replace(options.fitting, steps=300)
+            few = replace(_held_to(verdict.plan, options, teacher), fitting=fitting)
+        few = replace(few, evolution=replace(few.evolution, budget=budget if wanted.law else max(30, budget // 5)))
         pruned = prune(verdict.plan, few, keep=keep, journal=journal, tell=_teller(watch))
     (verdict.plan if pruned is None else pruned.plan).save(out)
     shutil.rmtree(state, ignore_errors=True)
