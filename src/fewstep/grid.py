@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -79,7 +79,7 @@ def shifted(path: Path, times: Tensor, shift: float) -> Tensor:
     top = path.straight(times[0])
     part = path.straight(times) / top
     tau = top * shift * part / (1 + (shift - 1) * part)
-    moved = path.time(torch.log1p(-tau) - torch.log(tau))
+    moved = path.at_straight(tau)
     moved[0], moved[-1] = times[0], times[-1]
     return moved
 
@@ -94,3 +94,19 @@ def descending(times: Tensor | tuple[float, ...] | list[float]) -> Tensor:
         i = int(rising[0])
         raise ValueError(f"grid must descend, got {values[i].item():.6g} then {values[i + 1].item():.6g}")
     return values
+
+
+def even_steps(path: Path, start: float | None, counts: tuple[int, ...]) -> dict[str, Any]:
+    """A student's start and, for each step count, times that are even on the straight path.
+
+    >>> from fewstep.path import Straight
+    >>> [round(t, 9) for t in even_steps(Straight(), None, (1, 4))["steps"][4]]
+    [1.0, 0.75, 0.5, 0.25]
+    """
+    top = path.t_max if start is None else start
+    whole = path.straight(top)
+    steps: dict[int, tuple[float, ...]] = {}
+    for count in counts:
+        tau = whole * torch.arange(count - 1, 0, -1, dtype=torch.float64) / count
+        steps[count] = (top, *path.at_straight(tau).tolist())
+    return {"start": top, "steps": steps}

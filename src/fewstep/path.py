@@ -181,6 +181,15 @@ class Path(Part, ABC):
         alpha, sigma, _, _ = self.coefs(t)
         return sigma / (alpha + sigma)
 
+    def at_straight(self, tau: Time) -> Tensor:
+        """The inverse of ``straight``, held inside [t_min, t_max].
+
+        >>> round(float(Straight().at_straight(0.25)), 9)
+        0.25
+        """
+        tau = as_tensor(tau)
+        return self.time(torch.log1p(-tau) - torch.log(tau))
+
     def frame(self, t: Time) -> tuple[Tensor, Tensor]:
         """(scale, tau) such that ``d(x / scale) / d tau = slope``: what a solver integrates.
 

@@ -21,6 +21,7 @@ from ..path import Path, column, normal
 from ..registry import Paper, method
 from ..rng import Source, uniform
 from ..student import Student, frozen, trainable_copy
+from .denoising import level_weight
 
 
 class ConsistencyOptions(Part):
@@ -142,8 +143,8 @@ class Consistency(Method):
                     weight = 1 / ratio.diff()
                 case "inverse_ratio":
                     weight = ratio[1:] / ratio.diff()
-                case "edm":  # a unit for the network of the preconditioned denoiser, as its teacher learned
-                    weight = 1 / ratio[1:].square() + 1 / self.options.data_std**2
+                case "edm":
+                    weight = level_weight("edm", path, times[1:], self.options.data_std)
                 case _:
                     weight = torch.ones_like(ratio[1:])
             self._made = (key, (times.to(device), mass.cumsum(0).to(device), weight.to(device)))

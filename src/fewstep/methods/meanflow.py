@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..cond import Cond, rows
 from ..denoiser import choose_taps, inner_of, tapped
 from ..derivative import Derivative, along_flow, still_fast_waves
+from ..grid import even_steps
 from ..losses import dispersive
 from ..method import Batch, Loss, Method
 from ..part import Part
@@ -148,19 +149,3 @@ class MeanFlow(Method):
     @classmethod
     def student_options(cls, options: Any, path: Path) -> dict[str, Any]:
         return even_steps(path, options.start, options.steps)
-
-
-def even_steps(path: Path, start: float | None, counts: tuple[int, ...]) -> dict[str, Any]:
-    """A student's start and, for each step count, times that are even on the straight path.
-
-    >>> from fewstep.path import Straight
-    >>> [round(t, 9) for t in even_steps(Straight(), None, (1, 4))["steps"][4]]
-    [1.0, 0.75, 0.5, 0.25]
-    """
-    top = path.t_max if start is None else start
-    whole = path.straight(top)
-    steps: dict[int, tuple[float, ...]] = {}
-    for count in counts:
-        tau = whole * torch.arange(count - 1, 0, -1, dtype=torch.float64) / count
-        steps[count] = (top, *path.time(torch.log1p(-tau) - torch.log(tau)).tolist())
-    return {"start": top, "steps": steps}

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..cond import Cond, rows
+from ..grid import even_steps
 from ..losses import batch_mean
 from ..method import Batch, Loss, Method, PairOptions
 from ..part import Part
@@ -107,8 +108,7 @@ class Reflow(Method):
 
     @classmethod
     def student_options(cls, options: Any, path: Path) -> dict[str, Any]:
-        ends = {n: tuple(path.t_max * (1 - k / n) for k in range(n)) for n in options.steps}
-        return {"steps": ends}
+        return even_steps(path, None, options.steps)
 
 
 def annealed(kind: Anneal, part: float) -> float:

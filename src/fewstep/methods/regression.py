@@ -53,10 +53,6 @@ class Regression(Method):
     Options = RegressionOptions
     needs_data = False
 
-    def pairs(self) -> PairOptions:
-        options: PairOptions = self.options.pairs
-        return options
-
     def __init__(self, teacher: Any, student: Student, options: Part | None = None) -> None:
         super().__init__(teacher, student, options)
         if self.options.guide > 0:
@@ -66,6 +62,10 @@ class Regression(Method):
             if teacher is None:
                 raise ValueError("flow guidance needs a teacher: give one, or leave out guide")
             self.teacher = seen_on(teacher, student.path)
+
+    def pairs(self) -> PairOptions:
+        options: PairOptions = self.options.pairs
+        return options
 
     def loss(self, player: str, batch: Batch, rng: Source) -> Loss:
         if batch.target is None:
@@ -90,7 +90,7 @@ class Regression(Method):
             low, high = options.guide_span
             gone = low + (high - low) * uniform(x_t, rng).double()
             left = (1 - gone) * path.straight(student.start).to(gone)
-            s = path.time(torch.log1p(-left) - torch.log(left)).to(x_t.dtype)
+            s = path.at_straight(left).to(x_t.dtype)
             own = options.guide_along == "student"
             end = guess.detach() if own else self.teacher(x_t, student.start, batch.cond, "x0")
             slope = path.convert(end, x_t, student.start, "x0", path.slope)

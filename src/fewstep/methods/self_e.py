@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..cond import Cond
+from ..grid import even_steps
 from ..losses import squared_error
 from ..method import Batch, Loss, Method
 from ..part import Part
@@ -19,7 +20,6 @@ from ..registry import Paper, method
 from ..rng import Source, uniform
 from ..student import Student
 from .denoising import drop_condition
-from .meanflow import even_steps
 
 
 class SelfEOptions(Part):

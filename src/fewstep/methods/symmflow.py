@@ -88,9 +88,7 @@ def label_map(labels: Tensor, book: Tensor, like: Tensor, rng: Source | None = N
     return chart + width * (uniform(flat, rng).reshape(chart.shape) - 0.5).to(chart)
 
 
-def joined(
-    x0: Tensor, labels: Tensor, eps: Tensor, book: Tensor, rng: Source, width: float = 0.0
-) -> Batch:  # pairs on one clock
+def joined(x0: Tensor, labels: Tensor, eps: Tensor, book: Tensor, rng: Source, width: float = 0.0) -> Batch:
     """The batch that SymmFlow learns from: data (x0, fresh noise), noise (eps, label)."""
     chart = label_map(labels, book, x0, rng, width)
     return Batch(torch.cat([x0, normal(chart, rng)], 1), None, torch.cat([eps, chart], 1))
