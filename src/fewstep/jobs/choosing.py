@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -111,7 +112,7 @@ def _candidates(recipe: Recipe, setting: Setting) -> Iterator[Candidate]:
         what = "pictures this small" if pictures else "vectors"
         yield _regression(setting, f"{what} are learnt best from pairs (digits: excess 1.2, games 1.9 to 2.3)")
     game = {**_game(setting), **_guidance(setting)}
-    why = "one regression step blurs pictures of this size, and this keeps more modes (MNIST: excess 0.97)"
+    why = "one regression step blurs pictures of this size, and this keeps more modes (MNIST: excess 0.6 in four stages)"
     score = Candidate("sim", "distance of the scores", why, game)
     why = "real pictures give a density ratio, and its weights did best of the games on digits (excess 1.9)"
     ratio = Candidate("f_distill", "Jensen-Shannon by an adversary's ratio", why, game)
@@ -129,10 +130,7 @@ def _candidates(recipe: Recipe, setting: Setting) -> Iterator[Candidate]:
 
 def _regression(setting: Setting, why: str) -> Candidate:
     pairs = {"count": PAIRS, "solver": "dpm2m", "nfe": PAIR_CALLS}
-    numbers = 1
-    for side in setting.shape:
-        numbers *= side
-    options = {"pairs": pairs, "huber_c": round(0.03 * numbers**0.5, 4), **_start(setting)}
+    options = {"pairs": pairs, "huber_c": round(0.03 * math.prod(setting.shape) ** 0.5, 4), **_start(setting)}
     return Candidate("regression", "pairs of the teacher", why, options)
 
 

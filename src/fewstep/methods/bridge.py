@@ -11,7 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.polynomial.legendre import legvander
 from pydantic import Field
 from torch import Tensor
 
@@ -252,10 +254,7 @@ def legendre(u: float, count: int) -> Tensor:
     >>> legendre(0.5, 3).tolist()
     [1.0, 0.5, -0.125]
     """
-    values = [1.0, u]
-    for k in range(1, count - 1):
-        values.append(((2 * k + 1) * u * values[k] - k * values[k - 1]) / (k + 1))
-    return torch.tensor(values[:count], dtype=torch.float64)
+    return torch.from_numpy(legvander(np.array([u]), count - 1)[0])
 
 
 def polynomial(like: Tensor, family: str) -> Features:
