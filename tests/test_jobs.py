@@ -14,12 +14,13 @@ import torch
 
 from fewstep import jobs, registry
 from fewstep.errors import Failed, Interrupted, Refused
+from fewstep.evaluate import Protocol
 from fewstep.jobs.setting import prepare
 from fewstep.jobs.training import measured_teacher, taught_under
 from fewstep.methods.families.matching import Matching
 from fewstep.train.build import make_student
 from fewstep.train.pairs import Pairs
-from fewstep.train.recipe import recipe_from
+from fewstep.train.recipe import MethodSection, recipe_from
 from fewstep.train.store import load_state
 from fewstep.train.trainer import Nobody, Trainer
 
@@ -104,6 +105,28 @@ def test_a_student_is_held_to_its_teacher_under_the_guidance_that_it_was_taught_
     last = {"steps": 1, "method": {"name": "sim"}}
     setting, scale, denoiser = of("regression", {}, teacher=3.0, stages=[last])  # last taught without guidance,
     assert scale == 1 and denoiser is setting.denoiser  # and held to the teacher that the recipe names
+
+
+def test_the_teacher_beside_a_guided_student_is_guided_when_it_is_distilled_and_when_it_is_evaluated(
+    tmp_path, monkeypatch
+):
+    small = {**SMALL, "nfes": [1], "full_nfe": 3, "count": 64}
+    recipe = changed(
+        steps=1,
+        batch=8,
+        task={"name": "digits"},
+        teacher={"source": "digits"},
+        student={},
+        method={"name": "dmd2", "options": {"guidance": 2.0, "critic_turns": 1, "start": 2.5}},
+        evaluate={"protocol": small},
+    )
+    first = jobs.distill(recipe, tmp_path / "run")
+    monkeypatch.setattr("fewstep.evaluate.Protocol", lambda: Protocol(**small))
+    second = jobs.evaluate(tmp_path / "run", "digits", "digits", tmp_path / "again")
+    for report in (first, second):
+        rows = {row["model"]: row for row in report["rows"]}
+        assert rows["teacher"]["calls"] == 2 * rows["teacher"]["nfe"] == 6  # guidance asks twice
+        assert rows["student"]["calls"] == 1
 
 
 def test_every_stage_starts_from_the_student_before_it(tmp_path):
@@ -298,6 +321,10 @@ def test_a_pipeline_folder_and_a_folder_of_images_become_a_student_that_stock_di
             "optim": {"lr": 1e-4}, "evaluate": {"protocol": {**SMALL, "nfes": [1], "full_nfe": 3}},
         }
     )  # fmt: skip
+    several = recipe.model_copy(update={"method": MethodSection(name="tdm", options={"steps": 4})})
+    with pytest.raises(Refused, match="cannot run this student"):  # this pipeline cannot step to its times, and says so in time
+        jobs.distill(several, tmp_path / "several")
+    assert not (tmp_path / "several").exists()
     report = jobs.distill(recipe, tmp_path / "run")
     assert json.loads((tmp_path / "run" / "student" / "model_index.json").read_text())["_class_name"].endswith(
         "Pipeline"

@@ -54,6 +54,19 @@ class Followed(Consistency):
         return self.teacher.flow_map(x, t, s)
 
 
+def test_each_weight_is_of_the_noisier_level_of_its_pair():
+    for name, stated in {
+        "inverse_gap": lambda low, high: 1 / (high - low),
+        "inverse_ratio": lambda low, high: high / (high - low),
+        "edm": lambda low, high: 1 / high**2 + 1 / 0.5**2,
+        "none": lambda low, high: torch.ones_like(high),
+    }.items():
+        own = options(8, mode="training", weight=name, data_std=0.5, anchor=True)
+        times, _, weight = Consistency(None, nudged(gaussian(path=EDM)), own)._table(EDM, torch.device("cpu"))
+        low, high = times[:-1], times[1:]  # an exploding path's times are its sigmas
+        torch.testing.assert_close(weight, stated(low, high), rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("path", PATHS, ids=lambda p: p.kind)
 def test_the_exact_map_to_the_data_does_not_change_along_the_flow(path):
     law = gaussian(path=path)

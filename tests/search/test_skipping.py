@@ -152,6 +152,7 @@ def test_the_command_writes_a_plan_that_leaves_blocks_out(tmp_path, capsys):
     assert main(asked) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["flops"] <= 0.9 and result["pruned_score"] > 0
+    assert "the whole network 0," in result["line"]  # a plan held to real data is compared with its own samples
     assert [list(step.skip) for step in SolverPlan.load(out).steps] == result["skip"]
     assert main(["search", "digits", "--nfe", "2", "--keep", "0", "-o", str(tmp_path / "other.json")]) == 2
     assert "above 0 and at most 1, got 0" in capsys.readouterr().err

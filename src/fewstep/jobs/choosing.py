@@ -112,7 +112,7 @@ def _candidates(recipe: Recipe, setting: Setting) -> Iterator[Candidate]:
         what = "pictures this small" if pictures else "vectors"
         yield _regression(setting, f"{what} are learnt best from pairs (digits: excess 1.2, games 1.9 to 2.3)")
     game = {**_game(setting), **_guidance(setting)}
-    why = "one regression step blurs pictures of this size, and this keeps more modes (MNIST: excess 0.6 in four stages)"
+    why = "one regression step blurs pictures of this size; this keeps more modes (MNIST: excess 0.6 in four stages)"
     score = Candidate("sim", "distance of the scores", why, game)
     why = "real pictures give a density ratio, and its weights did best of the games on digits (excess 1.9)"
     ratio = Candidate("f_distill", "Jensen-Shannon by an adversary's ratio", why, game)
