@@ -322,7 +322,9 @@ def test_a_pipeline_folder_and_a_folder_of_images_become_a_student_that_stock_di
         }
     )  # fmt: skip
     several = recipe.model_copy(update={"method": MethodSection(name="tdm", options={"steps": 4})})
-    with pytest.raises(Refused, match="cannot run this student"):  # this pipeline cannot step to its times, and says so in time
+    with pytest.raises(
+        Refused, match="cannot run this student"
+    ):  # this pipeline cannot step to its times, and says so in time
         jobs.distill(several, tmp_path / "several")
     assert not (tmp_path / "several").exists()
     report = jobs.distill(recipe, tmp_path / "run")
