@@ -10,6 +10,7 @@ from laws import seeded, spd
 from fewstep.denoiser import Denoiser
 from fewstep.method import Batch
 from fewstep.methods.families.blocks import ALL, BEFORE, WHICH, by_block, free_running, given, rng_of_blocks
+from fewstep.methods.families.diagnosis import diagnose
 from fewstep.methods.score_gap import IKL, IKLOptions
 from fewstep.path import NoiseSampler, Straight, column
 from fewstep.rng import Rng
@@ -107,6 +108,19 @@ def test_a_match_block_by_block_has_the_gradient_of_the_sum_of_conditional_diver
     wanted = gradients(total, net)
     for name in wanted:  # the loss is a mean over rows (blocks) and elements
         assert torch.allclose(COUNT * SIZE * found[name], wanted[name], rtol=1e-9, atol=1e-11)
+
+
+def test_what_a_game_of_blocks_says_of_itself_is_of_blocks():
+    net, rng = BlockMap(), seeded(3)
+    centre, inside = conditionals()
+    critic = BlockLaw(net.centre, (net.root @ net.root.mT).detach())
+    game = IKL(BlockLaw(centre, inside), Student(net, (1, SIZE)), IKLOptions(blocks=COUNT), critic=critic)
+    data, noise = (torch.randn(2000, 6, generator=rng, dtype=torch.float64) for _ in range(2))
+    data = CENTRE + data @ torch.linalg.cholesky(JOINT).T
+    batch = Batch(data.view(-1, COUNT, SIZE), None, noise.view(-1, COUNT, SIZE))
+    lams = PATH.lam(torch.tensor([0.8, 0.5], dtype=torch.float64))
+    for level in diagnose(game, batch, Rng(0), lams=lams)["levels"]:
+        assert abs(level["behind"]) < 4 * level["behind_error"] < 0.4  # the critic is exact
 
 
 def test_a_context_that_shows_the_block_itself_would_be_noticed():

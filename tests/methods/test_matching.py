@@ -21,7 +21,16 @@ from fewstep.methods.families.score_gap import (
     rollout,
     weighted_fisher,
 )
-from fewstep.methods.score_gap import TDM, DisBack, DisBackOptions, SwiftBrush, SwiftBrushOptions, TDMOptions
+from fewstep.methods.score_gap import (
+    TDM,
+    DisBack,
+    DisBackOptions,
+    FDistill,
+    FDistillOptions,
+    SwiftBrush,
+    SwiftBrushOptions,
+    TDMOptions,
+)
 from fewstep.path import Exploding, NoiseSampler, Straight, Trigonometric
 from fewstep.rng import Rng
 from fewstep.student import Student
@@ -469,6 +478,16 @@ def test_disback_records_the_critics_way_to_the_untrained_student_and_walks_it_b
     other = DisBack(teacher, student, options)
     other.load_state_dict(game.state_dict())
     assert same(weights(other.way), weights(game.way))
+
+
+def test_a_ratios_bins_are_kept_after_a_step_and_not_by_a_loss_alone():
+    options = FDistillOptions(ratio_bins=4, ratio_decay=0.5)
+    game = FDistill(mlp(), Student(mlp(seed=1), (2,), **FDistill.student_options(options, Straight())), options)
+    losses = [game.loss("student", batch_of(64), Rng(0)).total.item() for _ in range(2)]
+    assert losses[0] == losses[1] and not game.bins.mean.any()
+    found = game.bins.found.clone()
+    game.settle(0)
+    assert torch.equal(game.bins.mean, found) and found.any()
 
 
 def test_options_that_contradict_each_other_are_refused():

@@ -11,6 +11,7 @@ from fewstep.errors import Interrupted, Refused
 from fewstep.interop import check_student, load_student
 from fewstep.jobs.training import _inherit
 from fewstep.method import Batch
+from fewstep.methods.families.diagnosis import diagnose
 from fewstep.methods.families.matching import experts_of
 from fewstep.methods.families.score_gap import Anchor, phase_of, rollout
 from fewstep.methods.score_gap import PhasedDMD, PhasedDMDOptions
@@ -124,6 +125,17 @@ def test_each_phase_brings_its_end_to_the_teachers_law_and_leaves_the_networks_b
 
 def test_a_critic_that_takes_the_noisy_sample_for_a_clean_one_leads_the_phase_astray():
     assert trained(lines(TIMES, 2), 1, naive=True) > 0.02
+
+
+@pytest.mark.parametrize("phase", [1, 2])
+def test_what_a_phase_says_of_itself_is_of_its_own_end(phase):
+    student = lines(TIMES, 2)
+    options = PhasedDMDOptions(phase=phase, times=TIMES)
+    game = PhasedDMD(TEACHER, student, options, critic=Watching(student, phase_of(4, 2, phase)))
+    noise = torch.randn(4096, 2, generator=seeded(0), dtype=torch.float64)
+    lams = PATH.lam(torch.tensor([0.95, 0.8, 0.65], dtype=torch.float64))
+    for level in diagnose(game, Batch(noise, None, noise), Rng(0), lams=lams)["levels"]:
+        assert abs(level["behind"]) < 4 * level["behind_error"] < 0.4  # this critic knows the law at that end
 
 
 @pytest.mark.parametrize("phase", [1, 2])
