@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .cond import Cond, move, rows
 from .grid import GridKind
 from .part import Part
+from .path import Straight
 from .rng import Source
 from .student import Student
 
@@ -94,6 +95,9 @@ class Method(nn.Module, ABC):
 
     def __init__(self, teacher: Any, student: Student, options: Part | None = None) -> None:
         super().__init__()
+        if self.straight and not isinstance(student.path, Straight):
+            kind = type(student.path).__name__
+            raise ValueError(f"{self.name} needs the straight path, got {kind}: wrap it in Reframed")
         self.options: Any = options if options is not None else self.Options()
         self.student = student
         if teacher is not None:

@@ -15,7 +15,7 @@ from ..grid import even_steps
 from ..losses import dispersive
 from ..method import Batch, Loss, Method
 from ..part import Part
-from ..path import NoiseSampler, Path, Straight, column
+from ..path import NoiseSampler, Path, column
 from ..registry import Paper, method
 from ..rng import Source, uniform
 from ..student import Student
@@ -79,10 +79,6 @@ class MeanFlow(Method):
 
     def __init__(self, teacher: Any, student: Student, options: Part | None = None) -> None:
         super().__init__(teacher, student, options)
-        if not isinstance(student.path, Straight):
-            raise ValueError(
-                f"meanflow needs the straight path, got {type(student.path).__name__}: wrap it in Reframed"
-            )
         if self.options.still:
             still_fast_waves(student, self.options.still)
         self.taps: tuple[str, ...] = ()

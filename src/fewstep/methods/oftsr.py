@@ -12,7 +12,7 @@ from ..cond import Cond
 from ..losses import distance, squared_error
 from ..method import Batch, Loss, Method
 from ..part import Part
-from ..path import Path, Straight, column
+from ..path import Path, column
 from ..registry import Paper, method
 from ..rng import Source, uniform
 from ..student import Student
@@ -63,11 +63,6 @@ class OFTSR(Method):
     straight = True
     flow_map = True
     needs_data = False
-
-    def __init__(self, teacher: Any, student: Student, options: Part | None = None) -> None:
-        super().__init__(teacher, student, options)
-        if not isinstance(student.path, Straight):
-            raise ValueError(f"oftsr needs the straight path, got {type(student.path).__name__}: wrap it in Reframed")
 
     def loss(self, player: str, batch: Batch, rng: Source) -> Loss:
         options, student, start = self.options, self.student, self.student.start

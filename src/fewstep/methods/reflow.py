@@ -68,8 +68,6 @@ class Reflow(Method):
 
     def __init__(self, teacher: Any, student: Student, options: Part | None = None) -> None:
         super().__init__(teacher, student, options)
-        if not isinstance(student.path, Straight):
-            raise ValueError(f"reflow needs the straight path, got {type(student.path).__name__}: wrap it in Reframed")
         self.defect: Tensor
         self.register_buffer("defect", torch.zeros(()))
 
