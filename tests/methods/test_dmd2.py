@@ -20,7 +20,7 @@ from fewstep.denoiser import Denoiser, Guided
 from fewstep.losses import distance, generator_loss, squared_error, stopped_pull
 from fewstep.method import Batch
 from fewstep.methods.dmd2 import DMD2, DMD2Options
-from fewstep.methods.families.score_gap import Adversary, GanOptions, gap, rollout
+from fewstep.methods.families.score_gap import Adversary, GanOptions, gap, ratio_of, ratio_weight, rollout
 from fewstep.path import Exploding, NoiseSampler, Straight, normal
 from fewstep.rng import Rng
 from fewstep.student import Student
@@ -212,6 +212,23 @@ def test_a_head_on_the_teachers_features_leaves_the_teacher_as_it_was():
     assert all(torch.equal(before[k], after[k]) for k in before)
     assert any(not torch.equal(heads[k], v) for k, v in game.critic.adversary.state_dict().items())
     assert not any(p.requires_grad for p in game.teacher.parameters())
+
+
+def test_an_adversary_on_the_teacher_reads_the_pass_that_the_match_needs_and_changes_no_gradient():
+    options = DMD2Options(levels=UNIFORM, gan=GANS["on teacher"], divergence="forward_kl")
+    game, batch, wants = game_of(options), batch_of(8), []
+    game.teacher.register_forward_pre_hook(lambda module, args: wants.append(args[3:]))
+    found = gradients(game.loss("student", batch, Rng(3)).total, game.student)
+    assert wants == [("both",)]
+    rng, critic = Rng(3), game.critic
+    x = game.student(batch.noise, 1.0, 0.0)
+    t = UNIFORM.on(game.student.path)(x, rng)
+    x_t = game.student.path.corrupt(x, t, normal(x, rng))
+    logits = critic.adversary(game.teacher(x_t, t, None, "features"))
+    pull = stopped_pull(x, gap(x, critic(x_t, t), game.teacher(x_t, t)))
+    match = ratio_weight("forward_kl", ratio_of(logits, *options.ratio_range)) * pull
+    wanted = gradients((match + options.gan.student * generator_loss(logits)).mean(), game.student)
+    assert all(torch.allclose(found[name], wanted[name], rtol=1e-4, atol=1e-7) for name in wanted)
 
 
 def test_the_head_on_the_teacher_is_a_player_and_the_teacher_is_not():

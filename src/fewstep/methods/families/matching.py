@@ -310,16 +310,22 @@ class Matching(Method):
         scale = self._scale(x, rng)
         parts: dict[str, Tensor] = {}
         weights = {"gan": gan.student, "pairs": options.pairs_weight} if gan else {"pairs": options.pairs_weight}
-        adversary, ratio = self.critic.adversary, None
-        shared = adversary is not None and gan.on == "critic" and gan.levels is None and not options.guide_critic
+        adversary, ratio, features = self.critic.adversary, None, None
+        target = self._target(scale)
+        alike = adversary is not None and gan.levels is None  # sees what is matched: one pass serves both terms
         through = options.gap == "fisher"
-        if shared:
+        if alike and gan.on == "critic" and not options.guide_critic:
             fake, features = self.critic(x_t, t, batch.cond, "both")
         else:
             with torch.set_grad_enabled(through):
                 fake = guided(self.critic, scale if options.guide_critic else 1.0)(x_t, t, batch.cond)
+        if alike and gan.on == "teacher" and target is self.teacher:
+            real, features = target(x_t, t, batch.cond, "both")
+        else:
+            with torch.set_grad_enabled(through):
+                real = target(x_t, t, batch.cond)
         if adversary is not None:
-            if not shared:
+            if features is None:
                 features = self._seen(x, t, noise, batch, rng)
             logits = adversary(features, batch.cond)
             parts["gan"] = generator_loss(logits)
@@ -327,8 +333,6 @@ class Matching(Method):
                 ratio = ratio_of(logits, *options.ratio_range)
                 if self.bins is not None:
                     ratio = self.bins(ratio, path.straight(t))
-        with torch.set_grad_enabled(through):
-            real = self._target(scale)(x_t, t, batch.cond)
         parts["match"] = self._match(anchor, x_t, clean, t, fake, real, ratio)
         if batch.target is not None and options.pairs is not None:
             first = (
