@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from command import one_line
 
-from fewstep import cli, jobs
+from fewstep import jobs
 from fewstep.cli import app
+from fewstep.cli.asked import recipe_of
 from fewstep.errors import Failed, Interrupted, MissingExtra, Refused
 
 COMMANDS = [
@@ -183,7 +184,7 @@ def test_resume_takes_the_recipe_and_the_folder_of_the_run(fewstep, monkeypatch)
 
 
 def test_another_method_drops_the_options_and_stages_of_the_recipe_s_own(fewstep):
-    recipe = cli._recipe("digits", ["method.options.jumps=0.25"], seed=3, method="meanflow")
+    recipe = recipe_of("digits", ["method.options.jumps=0.25"], seed=3, method="meanflow")
     assert recipe.method.name == "meanflow"
     assert recipe.method.options == {"jumps": 0.25}
     assert recipe.stages == ()
@@ -197,7 +198,7 @@ def test_a_diffusers_folder_needs_data_and_a_method_and_becomes_a_recipe(fewstep
     answer = fewstep("distill", "pipeline")
     assert answer.code == 2
     assert "--data ./images --method dmd2" in one_line(answer)
-    recipe = cli._recipe("pipeline", ["steps=9"], None, Path("images"), "dmd2")
+    recipe = recipe_of("pipeline", ["steps=9"], None, Path("images"), "dmd2")
     assert (recipe.steps, recipe.method.name, recipe.name) == (9, "dmd2", "pipeline")
     assert recipe.teacher is not None
     assert recipe.teacher.source == "pipeline"

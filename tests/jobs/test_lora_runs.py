@@ -7,7 +7,8 @@ import torch
 from games import mlp
 from safetensors.torch import load_file, save_file
 
-from fewstep import cli, jobs
+from fewstep import jobs
+from fewstep.cli.asked import recipe_of
 from fewstep.adapters import LoraOptions, adapters, options_of, shared
 from fewstep.errors import Refused
 from fewstep.interop import load_student, load_teacher, save_teacher
@@ -122,9 +123,9 @@ def test_a_style_becomes_a_fast_style(teacher, tmp_path):
 
 
 def test_the_option_of_the_command_line_is_the_rank():
-    made = cli._recipe("digits", ["student.lora.targets=all"], None, lora=8)
+    made = recipe_of("digits", ["student.lora.targets=all"], None, lora=8)
     assert made.student.lora == LoraOptions(rank=8, targets="all")
-    assert cli._recipe("digits", None, None).student.lora is None
+    assert recipe_of("digits", None, None).student.lora is None
 
 
 def test_a_student_shares_its_teachers_weights_and_starts_where_it_stands(teacher):

@@ -1,36 +1,19 @@
-"""The command line. Every command is a thin caller of ``jobs``; here are its words, its progress and its exit codes.
-
-0 done; 1 failed while running; 2 bad request; 3 a missing extra; 130 interrupted. An error is one line on
-stderr; a traceback comes with -vv alone. With --json stdout has nothing but JSON. Torch is imported inside
-the commands, so that ``fewstep --help`` answers at once.
-"""
+"""The commands, in the order of the work: each is a thin caller of ``jobs``."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import os
-import shlex
-import signal
 import sys
-import traceback
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
-from . import __version__
-from .errors import Failed, Interrupted, MissingExtra, Refused
-from .machine import EXTRAS, examine, pick_device, set_threads
-from .screen import Screen, lines_of, plan_text, report_text, table
-
-if TYPE_CHECKING:
-    from .train.recipe import Recipe
-
-Usage: type[Exception] = typer.BadParameter.__mro__[1]  # click's UsageError, wherever this typer keeps it
-Command = TypeVar("Command", bound=Callable[..., None])
+from .. import __version__
+from ..errors import Refused
+from ..machine import examine, pick_device, set_threads
+from ..screen import Screen, lines_of, plan_text, report_text, table
+from .asked import chosen_recipe, existing, labels_of, licence_accepted, recipe_of, run_folder, sizes_of
+from .frame import app, command, decided, resumable, stoppable
 
 # what a person may set on any command
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
@@ -51,288 +34,6 @@ Accept = Annotated[
 ]
 
 
-# Recipes and run folders
-
-
-def _recipe(
-    what: str,
-    overrides: Sequence[str] | None,
-    seed: int | None,
-    data: Path | None = None,
-    method: str | None = None,
-    lora: int | None = None,
-    prompts: Path | None = None,
-) -> Recipe:
-    """A recipe by name, from a file or from a run; or made for a diffusers folder."""
-    from .template import recipe_for_folder
-    from .train.recipe import load_recipe, recipe_from, shipped
-
-    changes = [*(overrides or ()), *([f"seed={seed}"] if seed is not None else [])]
-    if lora is not None:
-        changes.append(f"student.lora.rank={lora}")
-    folder = Path(what) if what not in shipped() and Path(what).is_dir() else None
-    if folder and (folder / "model_index.json").exists():
-        if prompts is not None:
-            if data is not None:
-                raise Refused("--data and --prompts are two sources: captions of images belong beside them, in --data")
-            return recipe_from(recipe_for_folder(folder, None, method or "dmd2", prompts), changes, where=what)
-        if data is None or method is None:
-            raise Refused(
-                f"{what} is a teacher: say on what and how, --data ./images --method dmd2, or --prompts prompts.txt"
-            )
-        return recipe_from(recipe_for_folder(folder, data, method), changes, where=what)
-    if folder and not (folder / "recipe.toml").exists():
-        raise Refused(f"{what} is neither a teacher (it has no model_index.json) nor a run (no recipe.toml)")
-    source = folder / "recipe.toml" if folder else what
-    if data is None and method is None and prompts is None:
-        return load_recipe(source, changes)
-    plain = load_recipe(source).model_dump(mode="json", exclude_none=True)
-    if data is not None:
-        plain["task"] = {"name": "images", "options": {"path": str(data)}}
-    if prompts is not None:
-        plain["task"] = {"name": "prompts", "options": {"path": str(prompts)}}
-    if method is not None and method != plain["method"]["name"]:
-        plain.update(method={"name": method}, stages=[])  # options and later stages belong to the other method
-    return recipe_from({**plain, "expect": {}}, changes, where=str(source))
-
-
-def _chosen(
-    what: str,
-    overrides: Sequence[str] | None,
-    seed: int | None,
-    data: Path | None,
-    method: str | None,
-    lora: int | None,
-    prompts: Path | None,
-    device: str,
-    budget: dict[str, float | None],
-) -> tuple[Recipe, str | None]:
-    """The recipe that is asked for; with ``--method auto`` the one that was chosen, and the line that says why."""
-    if method != "auto":
-        for name, value in budget.items():
-            if value is not None:
-                raise Refused(f"--{name} {value:g} is a budget to choose by: add --method auto")
-        return _recipe(what, overrides, seed, data, method, lora, prompts), None
-    if lora is not None:
-        raise Refused(f"--lora {lora} and --method auto both choose what learns: leave one of them out")
-    base = _recipe(what, None, seed, data, "dmd2" if data or prompts else None, None, prompts)
-    from . import jobs
-
-    changes = [*(overrides or ()), *([f"seed={seed}"] if seed is not None else [])]
-
-    return jobs.choose(base, changes, device=device, memory=budget["memory"], minutes=budget["minutes"])
-
-
-def _run_folder(what: str, out: Path | None, resume: bool) -> Path:
-    """The run to write: a new folder, or with ``resume`` the one that is there."""
-    source = Path(what)
-    if out is None and resume and (source / "recipe.toml").exists():
-        return source
-    name = source.resolve().name if source.is_dir() else source.stem
-    runs = [Path("runs") / (name if k == 1 else f"{name}-{k}") for k in range(1, 1000)]
-    if resume:
-        there = out or next((run for run in reversed(runs) if run.exists()), None)
-        if there is None or not there.exists():
-            raise Refused(f"nothing to resume: there is no run {there or runs[0]}; leave out --resume to start one")
-        return there
-    if out is None:
-        return next(run for run in runs if not run.exists())
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise Refused(f"{out} is already there: add --resume to go on with it, or take another --out")
-    return out
-
-
-@contextlib.contextmanager
-def _resumable(command: str, run: Path) -> Iterator[None]:
-    """Ctrl-C and a polite kill end the run with the line that goes on."""
-    with contextlib.suppress(ValueError):  # only the main thread may
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    except Interrupted:
-        raise
-    except KeyboardInterrupt:
-        if not (run / "recipe.toml").exists():
-            raise
-        from .train.processes import again
-
-        raise Interrupted(again(f"{command} {shlex.quote(str(run))} --resume")) from None
-
-
-# Several processes
-
-TOGETHER = ("train", "distill", "sample", "evaluate", "compare")
-
-
-@contextlib.contextmanager
-def _several(command: str) -> Iterator[bool]:
-    """Under a launcher of several processes join them; a command that is for one is left to the first."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        yield True
-    elif command in TOGETHER:
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a process that ends is said once, and by us
-        from .train.processes import joined
-
-        with joined():
-            yield True
-    else:
-        yield os.environ.get("RANK", "0") == "0"
-
-
-def _decided(work: Callable[[], Path]) -> Path:
-    """What the first of several processes decides for all: which folder is free, say."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        return work()
-    from .train.processes import alone
-
-    return alone(work)
-
-
-def _accepted(recipe: Recipe, run: Path, given: bool, resume: bool) -> bool:
-    """Whether a restrictive licence was accepted: by the option, or by a person at a terminal who is asked."""
-    from .jobs.consent import question
-
-    line = None if given or (resume and (run / "recipe.toml").exists()) else question(recipe)
-    if line is None or not (sys.stdin.isatty() and sys.stderr.isatty()):
-        return given
-    return typer.confirm(f"{line}. Go on?", err=True)
-
-
-# Exit codes
-
-
-class _Left(Exception):
-    """A command left early: the exit code and its one line; the cause is for -vv."""
-
-    def __init__(self, code: int, line: str) -> None:
-        super().__init__(line)
-        self.code = code
-
-
-def _verdict(error: BaseException) -> _Left:
-    """Which exit code an error means, and the one line that a person reads."""
-    line = " ".join(str(error).split()) or type(error).__name__
-    match error:
-        case MissingExtra():
-            return _Left(3, line)
-        case ModuleNotFoundError() if error.name:
-            top = error.name.split(".")[0]
-            extra = next((name for name, modules in EXTRAS.items() if top in modules), None)
-            if extra:
-                return _Left(3, str(MissingExtra(top, extra)))
-        case KeyboardInterrupt():
-            return _Left(130, line if isinstance(error, Interrupted) else "interrupted; nothing was kept")
-        case Failed():
-            return _Left(1, line)
-        case BrokenPipeError():
-            return _Left(0, "")
-        case FileNotFoundError() if error.filename:
-            return _Left(2, f"there is no {error.filename}")
-        case OSError() if error.filename and error.strerror:
-            return _Left(2, f"{error.filename}: {error.strerror.lower()}")
-        case ValueError() if hasattr(error, "errors"):  # pydantic's
-            return _Left(2, _first_fault(error))
-        case ValueError():
-            return _Left(2, line)
-    if type(error).__name__ == "OutOfMemoryError":
-        return _Left(1, f"out of memory: take a smaller batch ({line})")
-    return _Left(1, f"{type(error).__name__}: {line} (-vv shows where)")
-
-
-def _first_fault(error: Any) -> str:
-    """The first complaint of pydantic: where, what, what was given."""
-    fault = error.errors()[0]
-    place = ".".join(str(part) for part in fault["loc"])
-    if fault["type"] == "extra_forbidden":
-        return f"unknown key {place!r}"
-    message = fault["msg"].removeprefix("Value error, ")
-    given = "" if isinstance(fault["input"], dict | list) else f", got {fault['input']!r}"
-    return f"{place}: {message}{given}" if place else message
-
-
-class _Commands(TyperGroup):
-    """A group that names the nearest command."""
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        if args and not args[0].startswith("-") and args[0] not in self.commands:
-            from .registry import nearest
-
-            raise Refused(f"unknown command {args[0]!r}: {nearest(args[0], list(self.commands))}")
-        return super().resolve_command(ctx, args)
-
-    def list_commands(self, ctx: Any) -> list[str]:
-        return list(self.commands)  # in the order of the work, not of the alphabet
-
-
-app = typer.Typer(cls=_Commands, add_completion=False, rich_markup_mode=None)
-
-
-def command(function: Command) -> Command:
-    """Add a command; what it raises becomes an exit code (typer itself would swallow interrupts and closed pipes)."""
-
-    @functools.wraps(function)
-    def guarded(*args: Any, **kwargs: Any) -> None:
-        try:
-            with _several(function.__name__.strip("_")) as takes_part:
-                if takes_part:
-                    function(*args, **kwargs)
-        except (typer.Exit, typer.Abort, Usage):
-            raise
-        except (Exception, KeyboardInterrupt) as error:
-            left = _verdict(error)
-            told = getattr(error, "told", False)  # another process has said why
-            raise (_Left(left.code, "") if told else left) from error
-
-    app.command(function.__name__.strip("_"))(guarded)
-    return function
-
-
-def _usage_line(error: Any) -> str:
-    """Typer's complaint about an option or an argument, as one line with the nearest name."""
-    context = getattr(error, "ctx", None)
-    if hasattr(error, "option_name") and context is not None and hasattr(error, "possibilities"):
-        from .registry import nearest
-
-        options = [name for parameter in context.command.params for name in parameter.opts if name.startswith("--")]
-        return f"unknown option {error.option_name!r}: {nearest(error.option_name, options)}"
-    line = " ".join(error.format_message().split())
-    line = line[:1].lower() + line[1:].rstrip(".")
-    return f"{line}; see {context.command_path} --help" if context is not None else line
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line; the exit code.
-
-    >>> main(["list", "recipies"])
-    2
-    """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    loud = sum(a.count("v") if a.strip("-v") == "" and a[:2] != "--" else a == "--verbose" for a in arguments) > 1
-    for name in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", "DISABLE_TELEMETRY"):
-        os.environ.setdefault(name, "1")  # nothing that we stand on reports home
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    left: _Left
-    try:
-        code = int(app(args=arguments, prog_name="fewstep", standalone_mode=False) or 0)
-        sys.stdout.flush()
-        return code
-    except Usage as error:
-        left = _Left(2, _usage_line(error))
-    except _Left as error:
-        left = error
-    except (Exception, KeyboardInterrupt) as error:
-        left = _verdict(error)
-        left.__cause__ = error
-    if left.__cause__ is not None and loud:
-        traceback.print_exception(left.__cause__)
-    if left.code == 0:  # the reader of stdout has seen enough
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    elif str(left):
-        print(f"fewstep: {left}", file=sys.stderr)
-    return left.code
-
-
 @app.callback(invoke_without_command=True)
 def _root(
     context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
@@ -349,9 +50,6 @@ def _root(
         print(f"fewstep {__version__}")
     elif context.invoked_subcommand is None:
         print(context.get_help())
-
-
-# The commands, in the order of the work
 
 
 @command
@@ -371,7 +69,7 @@ def _list(
       fewstep list methods
       fewstep list papers --json
     """
-    from .catalogue import rows_of
+    from ..catalogue import rows_of
 
     rows = rows_of(kind)
     shown = [key for key in rows[0] if key != "file"] if rows else []
@@ -395,9 +93,9 @@ def init(
       fewstep init digits -o mine.toml
       fewstep init meanflow
     """
-    from .registry import METHODS, nearest
-    from .template import recipe_text
-    from .train.recipe import shipped
+    from ..registry import METHODS, nearest
+    from ..template import recipe_text
+    from ..train.recipe import shipped
 
     recipes, methods = shipped(), [entry.name for entry in METHODS]
     if name not in recipes and name not in methods:
@@ -466,8 +164,8 @@ def plan(
     screen, place = Screen(quiet, verbose, json), pick_device(device)
     set_threads(threads)
     budget = {"memory": memory if method == "auto" else None, "minutes": minutes}
-    recipe, chosen = _chosen(what, overrides, seed, data, method, lora, prompts, place, budget)
-    from . import jobs
+    recipe, chosen = chosen_recipe(what, overrides, seed, data, method, lora, prompts, place, budget)
+    from .. import jobs
 
     result = jobs.plan(recipe, device=place, memory=memory, chosen=chosen)
     screen.result(result, plan_text(result))
@@ -496,14 +194,14 @@ def train(
       fewstep train runs/mine --resume
     """
     screen, place = Screen(quiet, verbose, json), pick_device(device)
-    run = _decided(lambda: _run_folder(recipe, out, resume))
-    chosen = _recipe(recipe, overrides, seed)
-    from . import jobs
+    run = decided(lambda: run_folder(recipe, out, resume))
+    chosen = recipe_of(recipe, overrides, seed)
+    from .. import jobs
 
     set_threads(threads)
-    accepted = _accepted(chosen, run, accept_licence, resume)
-    with screen, _resumable("train", run):
-        result = jobs.train(chosen, run, resume=resume, device=place, watch=screen, accept_licence=accepted)
+    agreed = licence_accepted(chosen, run, accept_licence, resume)
+    with screen, resumable("train", run):
+        result = jobs.train(chosen, run, resume=resume, device=place, watch=screen, accept_licence=agreed)
     screen.result({"run": run, **result}, f"{lines_of(result)}\nrun: {run}")
 
 
@@ -545,20 +243,20 @@ def distill(
       fewstep distill digits --method ./mine.py:MyMethod
     """
     screen, place = Screen(quiet, verbose, json), pick_device(device)
-    run = _decided(lambda: _run_folder(what, out, resume))
+    run = decided(lambda: run_folder(what, out, resume))
     set_threads(threads)
     begun = resume and method == "auto" and (run / "recipe.toml").exists()  # it says what was chosen
     budget = {"memory": None if begun else memory, "minutes": None if begun else minutes}
-    recipe, chosen = _chosen(
+    recipe, chosen = chosen_recipe(
         str(run) if begun else what, overrides, seed, None if begun else data, None if begun else method, lora,
         None if begun else prompts, place, budget,
     )  # fmt: skip
-    from . import jobs
+    from .. import jobs
 
-    accepted = _accepted(recipe, run, accept_licence, resume)
-    with screen, _resumable("distill", run):
+    agreed = licence_accepted(recipe, run, accept_licence, resume)
+    with screen, resumable("distill", run):
         report = jobs.distill(
-            recipe, run, resume=resume, device=place, watch=screen, accept_licence=accepted, chosen=chosen
+            recipe, run, resume=resume, device=place, watch=screen, accept_licence=agreed, chosen=chosen
         )
     page = run / "report" / "index.html"
     screen.result({"run": run, **report}, report_text(report, page if page.is_file() else None) or f"run: {run}")
@@ -607,29 +305,16 @@ def search(
       fewstep sample digits --plan plan.json
     """
     screen, place = Screen(quiet, verbose, json), pick_device(device)
-    from . import jobs
-    from .jobs.searching import table_of
+    from .. import jobs
+    from ..jobs.searching import table_of
 
     set_threads(threads)
-    with screen, _stoppable(out):
+    with screen, stoppable(out.with_name(f"{out.name}.search"), lambda: "the same command with --resume"):
         result = jobs.search(
             model, nfe, out=out, objective=objective, how=how, budget=budget, starts=starts, guidance=guidance,
             reference=reference, keep=keep, prompts=prompts, seed=seed, resume=resume, device=place, watch=screen,
         )  # fmt: skip
     screen.result(result, f"{table(*table_of(result))}\n\n{result['line']}")
-
-
-@contextlib.contextmanager
-def _stoppable(out: Path) -> Iterator[None]:
-    """Ctrl-C and a polite kill end a search with what goes on with it."""
-    with contextlib.suppress(ValueError):  # only the main thread may
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    except KeyboardInterrupt:
-        if not out.with_name(f"{out.name}.search").exists():
-            raise
-        raise Interrupted("the same command with --resume") from None
 
 
 @command
@@ -659,27 +344,12 @@ def sample(
       fewstep sample digits --plan plan.json
     """
     screen, place = Screen(quiet, verbose, json), pick_device(device)
-    wanted = _labels(labels)
-    from . import jobs
+    wanted = labels_of(labels)
+    from .. import jobs
 
     set_threads(threads)
     files = jobs.sample(Path(model), count, steps=steps, seed=seed, labels=wanted, out=out, device=place, plan=plan)
     screen.result({"files": files}, f"{len(files)} file{'s' if len(files) != 1 else ''} in {out}")
-
-
-def _labels(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    parts = text.split(",")
-    if not all(part.strip().isdigit() for part in parts):
-        raise Refused(f"labels are whole numbers with commas between them, got {text!r}")
-    return [int(part) for part in parts]
-
-
-def _existing(path: Path) -> Path:
-    if not path.exists():
-        raise Refused(f"there is no {path}")
-    return path
 
 
 @command
@@ -718,18 +388,18 @@ def evaluate(
     if prompts is None and (scorer or features):
         raise Refused("--scorer and --features go with --prompts")
     screen, place = Screen(quiet, verbose, json), pick_device(device)
-    from . import jobs
+    from .. import jobs
 
     set_threads(threads)
     with screen:
         if reference is None:
             assert prompts is not None
             report = jobs.evaluate_prompts(
-                _existing(student), against, _existing(prompts), out, scorer=scorer, features=features, seed=seed,
+                existing(student), against, existing(prompts), out, scorer=scorer, features=features, seed=seed,
                 device=place, watch=screen,
             )  # fmt: skip
         else:
-            report = jobs.evaluate(_existing(student), against, reference, out, seed=seed, device=place, watch=screen)
+            report = jobs.evaluate(existing(student), against, reference, out, seed=seed, device=place, watch=screen)
     screen.result(report, report_text(report, out))
 
 
@@ -752,12 +422,12 @@ def compare(
       fewstep compare runs/digits runs/digits-2 --reference digits
     """
     screen, place = Screen(quiet, verbose, json), pick_device(device)
-    from . import jobs
+    from .. import jobs
 
     set_threads(threads)
     with screen:
         report = jobs.compare(
-            [_existing(model) for model in models], reference, out, seed=seed, device=place, watch=screen
+            [existing(model) for model in models], reference, out, seed=seed, device=place, watch=screen
         )
     screen.result(report, report_text(report, out))
 
@@ -779,9 +449,9 @@ def report(
       fewstep report runs/digits
       fewstep report runs/mine --votes votes.json
     """
-    from . import jobs
+    from .. import jobs
 
-    file = jobs.report(_existing(run), votes or [])
+    file = jobs.report(existing(run), votes or [])
     Screen(quiet, verbose, json).result({"report": file}, f"report: {file}")
 
 
@@ -810,13 +480,13 @@ def verify(
       fewstep verify all
     """
     screen, place = Screen(quiet, verbose, json), pick_device(device)
-    from .train.recipe import load_recipe, shipped
+    from ..train.recipe import load_recipe, shipped
 
     changes = [text for text in recipes if "=" in text]
     names = [text for text in recipes if "=" not in text]
     if names == ["all"]:
         names = [name for name in shipped() if load_recipe(name).expect]
-    from . import jobs
+    from .. import jobs
 
     set_threads(threads)
     with screen:
@@ -864,22 +534,15 @@ def export(
       fewstep export ./my-student --to kohya
     """
     screen = Screen(quiet, verbose, json)
-    sizes = _sizes(batch)
-    from . import jobs
+    sizes = sizes_of(batch)
+    from .. import jobs
 
     set_threads(threads)
     with screen:
         result = jobs.export(
-            _existing(model), to, out=out, steps=steps, batches=sizes, decode=decode, overwrite=overwrite, watch=screen
+            existing(model), to, out=out, steps=steps, batches=sizes, decode=decode, overwrite=overwrite, watch=screen
         )
     screen.result(result, lines_of(result))
-
-
-def _sizes(text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and 0 < int(part) <= 4096 for part in parts):
-        raise Refused(f"numbers of rows are whole numbers from 1 to 4096 with commas between them, got {text!r}")
-    return [int(part) for part in parts]
 
 
 @command
@@ -895,9 +558,9 @@ def check(
     Examples:
       fewstep check runs/digits/student
     """
-    from . import jobs
+    from .. import jobs
 
-    result = jobs.check(_existing(student))
+    result = jobs.check(existing(student))
     Screen(quiet, verbose, json).result(result, lines_of(result))
     if not result["holds"]:
         raise typer.Exit(1)
@@ -925,7 +588,7 @@ def doctor(
     """
     drift = None
     if model is not None:
-        from . import jobs
+        from .. import jobs
 
         drift = jobs.bits(model)
     facts = examine()
