@@ -8,8 +8,8 @@ from games import mlp
 from safetensors.torch import load_file, save_file
 
 from fewstep import jobs
-from fewstep.cli.asked import recipe_of
 from fewstep.adapters import LoraOptions, adapters, options_of, shared
+from fewstep.cli.asked import recipe_of
 from fewstep.errors import Refused
 from fewstep.interop import load_student, load_teacher, save_teacher
 from fewstep.interop.lora import FILES, FOLDER, fold_into
