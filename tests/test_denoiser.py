@@ -144,6 +144,8 @@ def test_a_network_that_reads_s_is_given_the_length_of_the_jump():
     model(x, torch.tensor([0.8, 0.5]), want="flow", s=torch.tensor([0.3, 0.5]))
     assert net.asked[0][3].tolist() == pytest.approx([0.5, 0.5])
     assert net.asked[1][3].tolist() == pytest.approx([0.5, 0.0])
+    model(x, 0.8)  # a plain guess is that of no jump: the instantaneous one
+    assert net.asked[2][3].tolist() == [0.0, 0.0]
     plain = Says()
     Wrapped(plain, Straight(), "flow")(x, 0.8, s=0.3)
     assert plain.asked[0][3] is None

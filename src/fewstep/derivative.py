@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from .cond import Cond, rows
 from .path import column
@@ -38,7 +40,7 @@ def along_flow(
     """
     if kind == "exact":
         # dual numbers cost less than torch.func.jvp's layers
-        with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+        with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level(), _norms_by_channel():
             moving = forward_ad.make_dual(x, velocity), forward_ad.make_dual(t, torch.ones_like(t))
             rate: Tensor | None = forward_ad.unpack_dual(model(*moving, s, cond)).tangent
         return torch.zeros_like(x) if rate is None else rate
@@ -51,6 +53,20 @@ def along_flow(
     )
     ahead, behind = both.chunk(2)
     return (ahead - behind) / column((later - earlier).clamp(min=1e-6), x)
+
+
+@contextmanager
+def _norms_by_channel() -> Iterator[None]:
+    """Inside, group norms read contiguous pictures: their forward mode fails on those laid out channels last."""
+
+    def contiguous(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        return (args[0].contiguous(), *args[1:]) if isinstance(module, nn.GroupNorm) else None
+
+    handle = register_module_forward_pre_hook(contiguous)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @torch.no_grad()

@@ -8,11 +8,12 @@ import pytest
 from pydantic import ValidationError
 
 sys.path.insert(0, str(Path(__file__).parent))
-from small import FAST, flawed, mixture, teacher
+from small import FAST, PATH, flawed, mixture, teacher
 
 from fewstep.errors import Refused
 from fewstep.evaluate import Document, Row, Scores, evaluate, judge, read_scores, table, write_report
-from fewstep.evaluate.plots import training
+from fewstep.evaluate.plots import curve, training
+from fewstep.student import Student
 
 ASKED = {
     "model", "nfe", "frechet", "frechet_spread", "excess", "precision", "recall", "coverage", "copied", "accuracy",
@@ -324,6 +325,33 @@ def test_the_terminal_table_has_a_line_for_every_row_and_takes_the_files_content
                                 "accuracy", "samples/s"]  # fmt: skip
     assert lines[-1].startswith("Real data against real data")
     assert table(scores(GOOD)).splitlines()[5].split()[:4] == ["Student", "1", "0.380", "1.10x"]
+
+
+def test_a_student_of_several_step_counts_has_a_row_for_each_and_is_a_line_over_them():
+    task = mixture()
+    student = flawed(task)
+    times = {1: (PATH.t_max,), 2: (PATH.t_max, 1.0), 4: (PATH.t_max, 3.0, 1.0, 0.3)}
+    serving = Student(student.denoiser, task.shape, steps=times)
+    found = evaluate(serving, teacher(task), task, FAST)
+    mine = [r for r in found.rows if r.student]
+    assert [(r.nfe, r.calls) for r in mine] == [(1, 1), (2, 2), (4, 4)]
+    chart = str(curve(found.scores))
+    (points,) = re.findall(r'<polyline class="student" points="([^"]+)"', chart)
+    where = [tuple(map(float, p.split(","))) for p in points.split()]
+    dots = re.findall(r'<circle class="student" cx="([^"]+)" cy="([^"]+)"', chart)
+    assert where == [tuple(map(float, dot)) for dot in dots]
+    assert len(where) == 3 and [x for x, _ in where] == sorted({x for x, _ in where})
+    assert len(re.findall('class="name-student"', chart)) == 1
+
+
+def test_students_that_are_compared_have_a_line_each_and_one_call_has_none():
+    rows = (*GOOD[:3], *(made(f"student:{n}", k, f) for n, k, f in [("a", 1, 0.9), ("b", 1, 0.8), ("a", 4, 0.5)]))
+    chart = str(curve(scores(rows)))
+    (points,) = re.findall(r'<polyline class="student" points="([^"]+)"', chart)
+    (left, high), (right, low) = (tuple(map(float, p.split(","))) for p in points.split())
+    assert left < right and high < low  # more calls, a smaller distance: the page counts downwards
+    assert len(re.findall(r'<circle class="student"', chart)) == 3
+    assert re.findall(r'class="name-student"[^>]*>([^<]+)<', chart) == ["a", "b"]
 
 
 def test_training_curves_join_the_stages_of_a_run():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fewstep.denoiser import Guided, Wrapped
+from fewstep.denoiser import Guided, Reframed, Wrapped
 from fewstep.errors import Failed, Refused
 from fewstep.interop import (
     check_student,
@@ -56,6 +56,23 @@ def students_of(teacher):
         for value in student.parameters():
             value.add_(0.02 * torch.randn(value.shape, generator=rng))
     return student
+
+
+@pytest.mark.parametrize("straight", [False, True], ids=["its own path", "seen on the straight one"])
+def test_a_one_step_flow_map_is_saved_with_the_jump_it_makes(here, tmp_path, straight):
+    """A jump is told in straight time: on the exploding path from sigma 20 it is 20/21 long, not 20."""
+    denoiser = edm(unet(UNET.model_copy(update={"reads_s": True})))
+    if straight:
+        denoiser = Reframed(denoiser, Straight(end=20 / 21))
+    student = Student(denoiser, (1, 8, 8), classes=3).eval()
+    assert save_student(student, tmp_path / "s", method="meanflow").ok
+    noise, cond = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(4) % 3
+    loaded = load_student(tmp_path / "s").student
+    assert torch.allclose(loaded.generate(noise, cond), student.generate(noise, cond), atol=1e-4)
+    with torch.no_grad():  # that the length matters to this network
+        wrong = student.unframed().denoiser.net.fold(20.0)
+        student.unframed().denoiser.net = wrong
+    assert not torch.allclose(loaded.generate(noise, cond), student.generate(noise, cond), atol=1e-2)
 
 
 # -- the fresh process ------------------------------------------------------------------------------

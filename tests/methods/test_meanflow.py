@@ -10,6 +10,7 @@ from fewstep.losses import dispersive, squared_error
 from fewstep.method import Batch
 from fewstep.methods.denoising import FlowMatching, FlowMatchingOptions
 from fewstep.methods.meanflow import DispersiveOptions, MeanFlow, MeanFlowOptions
+from fewstep.nets import build
 from fewstep.path import Exploding, NoiseSampler, Straight, column
 from fewstep.rng import Rng
 from fewstep.student import Student
@@ -169,6 +170,33 @@ def test_both_derivatives_give_nearly_the_same_loss():
         for kind in ("exact", "difference")
     )
     assert difference.item() == pytest.approx(exact.item(), rel=1e-2)
+
+
+@pytest.mark.parametrize(("t", "s"), [(0.8, 0.1), (0.3, 0.6)])
+def test_the_ends_of_jumps_have_levels_of_their_own(t, s):
+    """The later of both draws is s, as in the paper's code: families may overlap."""
+    asked = []
+
+    class Asked(ExactMap):
+        def forward(self, x, t, cond=None, want="x0", s=None):
+            asked.append((float(t[0]), float(s[0])))
+            return super().forward(x, t, cond, want, s)
+
+    student = Student(Nudged(Asked(gaussian()), "flow", 2), (2,))
+    options = MeanFlowOptions(jumps=1.0, levels=NoiseSampler(low=t, high=t), ends=NoiseSampler(low=s, high=s))
+    MeanFlow(None, student, options).loss("student", batch_of(4, dtype=torch.float64), Rng(0))
+    assert asked[0] == pytest.approx((max(t, s), min(t, s)))
+
+
+def test_the_exact_derivative_of_a_network_that_is_laid_out_channels_last_is_that_of_the_same_network():
+    net = build({"kind": "unet", "shape": (1, 8, 8), "widths": (8, 16), "head_width": 8, "groups": 4, "reads_s": True})
+    game = MeanFlow(None, Student(Wrapped(net, Straight(), "velocity"), (1, 8, 8)))
+    x, v = (torch.randn(3, 1, 8, 8, generator=seeded(k)) for k in (0, 1))
+    t, s = torch.full((3,), 0.7), torch.full((3,), 0.2)
+    plain = game.derivative(x, t, s, v, None)
+    net.to(memory_format=torch.channels_last)
+    there = game.derivative(x.to(memory_format=torch.channels_last), t, s, v, None)
+    assert torch.allclose(there, plain, rtol=1e-4, atol=1e-4 * plain.abs().max())
 
 
 def test_a_network_that_does_not_depend_on_what_moves_has_no_derivative():

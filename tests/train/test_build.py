@@ -7,8 +7,10 @@ from fewstep import jobs
 from fewstep.denoiser import Wrapped
 from fewstep.errors import Refused
 from fewstep.interop import load_student, save_teacher
+from fewstep.jobs.training import _inherit
 from fewstep.nets import build
 from fewstep.path import Exploding
+from fewstep.student import Student
 from fewstep.train.build import inner_of, make_student
 from fewstep.train.recipe import recipe_from
 from fewstep.train.trainer import Nobody
@@ -73,3 +75,18 @@ def test_a_size_goes_with_a_copy_of_a_network_of_ours_alone(tmp_path):
     assert "leave it out, or student.net" in refusal({"size": 0.5, "net": {"kind": "mlp"}})
     with pytest.raises(Refused, match="student.size"):
         recipe_from({**law, "student": {"size": 1.5}})
+
+
+def test_a_student_that_reads_no_jump_goes_on_from_the_plain_guess_of_a_flow_map():
+    description = {**NETS["unet"], "groups": 8}
+    reading, plain = build({**description, "reads_s": True}), build(description)
+    with torch.no_grad():
+        for value in reading.parameters():
+            value.add_(0.05 * torch.randn_like(value))  # what reads the jump says something
+    path = Exploding(sigma_min=0.02, sigma_max=20.0)
+    before, after = (Student(Wrapped(net, path, "edm", "log_sigma/4"), (1, 8, 8)) for net in (reading, plain))
+    _inherit(after, before)
+    x, cond = torch.randn(4, 1, 8, 8), torch.arange(4)
+    guess, jump = before.denoiser(x, 2.5, cond), before.denoiser(x, 2.5, cond, s=0.0)
+    assert torch.allclose(after.denoiser(x, 2.5, cond), guess, atol=1e-5)
+    assert not torch.allclose(jump, guess, atol=1e-2)

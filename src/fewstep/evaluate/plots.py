@@ -73,7 +73,10 @@ class Frame:
 
 
 def curve(scores: Measured) -> Markup | None:
-    """Fréchet distance over calls: every sampler tried, the best of each, the students, the floor."""
+    """Fréchet distance over calls: every sampler tried, the best of each, the floor, and each student.
+
+    A student that serves several step counts is a line through them.
+    """
     shown = [row for row in scores.rows if row.frechet is not None and not row.floor]
     floor = scores.floor
     values = [row.frechet for row in shown if row.frechet] + ([floor.frechet] if floor and floor.frechet else [])
@@ -97,11 +100,16 @@ def curve(scores: Measured) -> Markup | None:
         for n, f, title in best:
             frame.dot(n, f, "teacher", 4.5, f"{title}: {f:.3g}")
         frame.word(best[-1][0], best[-1][1], "teacher", "name-teacher", 0, -12, "end")
-    for row in shown:
-        if row.student and row.frechet is not None:
-            frame.dot(row.nfe, row.frechet, "student", 7, f"{row.title}: {row.frechet:.3g}")
-            name = "student" if row.model == "student" else row.model.partition(":")[2]
-            frame.word(row.nfe, row.frechet, name, "name-student", 12, 5)
+    for model in dict.fromkeys(row.model for row in shown if row.student):
+        points = sorted((row.nfe, row.frechet, row.title) for row in shown if row.model == model and row.frechet)
+        if not points:
+            continue
+        if len(points) > 1:  # one student at every step count that it serves
+            frame.line([(n, f) for n, f, _ in points], "student")
+        for n, f, title in points:
+            frame.dot(n, f, "student", 7, f"{title}: {f:.3g}")
+        name = "student" if model == "student" else model.partition(":")[2]
+        frame.word(points[0][0], points[0][1], name, "name-student", 12, 5)
     return frame.svg("Fréchet distance over the number of network calls")
 
 

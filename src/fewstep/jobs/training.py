@@ -17,7 +17,7 @@ from .. import __version__
 from ..adapters import own
 from ..denoiser import Denoiser, Guided, inner_of
 from ..errors import Refused
-from ..nets import Experts
+from ..nets import Experts, UNet
 from ..rng import Rng, mix
 from ..student import Student
 from ..tasks.base import Task
@@ -157,7 +157,10 @@ def _teacher_of_pairs(recipe: Recipe, weights: str) -> str:
 def _inherit(fresh: Student, old: Student) -> None:
     """Take over the weights that fit by name and shape; ValueError where none does."""
     mine, theirs = inner_of(fresh.denoiser), inner_of(old.denoiser)
-    places, state = own(mine.net), theirs.net.state_dict()
+    before = theirs.net
+    if isinstance(before, UNet) and before.reads_s and not getattr(mine.net, "reads_s", False):
+        before = before.fold(0.0)  # one that reads no jump goes on from the plain guess
+    places, state = own(mine.net), before.state_dict()
     if isinstance(mine.net, Experts) and not isinstance(theirs.net, Experts):  # one network becomes all of them
         state = {f"experts.{k}.{name}": v for k in range(len(mine.net.experts)) for name, v in state.items()}
     fitting = {k: v for k, v in state.items() if k in places and places[k].shape == v.shape}

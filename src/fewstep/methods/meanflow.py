@@ -37,9 +37,7 @@ class MeanFlowOptions(Part):
         "teacher", description="whose velocity: the teacher's, where there is one, or each pair's own eps - x0"
     )
     levels: NoiseSampler = Field(NoiseSampler(kind="logit_normal", mean=-0.4, std=1.0), description="of t and s")
-    ends: NoiseSampler | None = Field(
-        None, description="of the other of the two, whichever comes out later being s; None: as levels"
-    )
+    ends: NoiseSampler | None = Field(None, description="of s, where it has levels of its own; None: as t")
     jumps: float = Field(0.5, ge=0, le=1, description="share of rows with s < t; the others learn the velocity")
     power: float = Field(0.75, ge=0, description="adaptive weight 1 / (||error||^2 + c)^power; 0: plain squares")
     c: float = Field(0.01, gt=0, description="added to the squared error in the adaptive weight")
@@ -92,8 +90,9 @@ class MeanFlow(Method):
 
     def loss(self, player: str, batch: Batch, rng: Source) -> Loss:
         path, options, x0 = self.student.path, self.options, batch.data
-        first, second = options.levels.on(path)(x0, rng), (options.ends or options.levels).on(path)(x0, rng)
-        t, s = torch.maximum(first, second), torch.minimum(first, second)
+        draw = options.levels.on(path)
+        first, second = draw(x0, rng), (draw if options.ends is None else options.ends.on(path))(x0, rng)
+        t, s = torch.maximum(first, second), torch.minimum(first, second)  # of two families too: the paper's code
         jump = uniform(x0, rng) < options.jumps
         s = torch.where(jump, s, t)
         x_t = path.corrupt(x0, t, batch.noise)
