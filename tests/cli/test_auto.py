@@ -77,11 +77,31 @@ def test_small_pictures_take_pairs_larger_ones_scores_and_prompts_the_game_witho
     recipe, line = decide(base(), setting(side, has_data), "cpu", 8 * GIB)
     assert recipe.method.name == name
     assert line.startswith(f"auto: {name} (") and "\n" not in line and "of 8.0 GiB" in line
-    assert recipe.checkpoint.best and recipe.stages == ()
+    assert recipe.checkpoint.best and len(recipe.stages) == (name == "regression")
     assert recipe.method.options["start"] == 2.0  # 2.5 / 0.75 of the spread
     if name != "regression":
         assert recipe.method.options["critic_turns"] == 1
         assert recipe.optim_of("critic").lr == 2 * recipe.optim.lr
+
+
+def test_behind_pairs_comes_a_game_whose_critic_keeps_up_where_memory_time_and_steps_hold_it():
+    where = setting(8)
+    recipe, line = decide(base(), where, "cpu", 8 * GIB)
+    (stage,) = recipe.stages
+    assert (recipe.steps, stage.steps) == (700, 210) and "700 steps, then 210" in line and ", then sim (" in line
+    assert stage.method.name == "sim" and stage.method.options["critic_turns"] == 4
+    assert stage.method.options["start"] == recipe.method.options["start"]
+    rate = stage.optim.players["critic"].lr / stage.optim.lr
+    assert rate == pytest.approx(5.0)
+    alone = [
+        decide(base(steps=600), where, "cpu", 8 * GIB),
+        decide(base(), where, "cpu", 8 * GIB, minutes=0.05),
+        decide(base(), where, "cpu", int(1.1 * 2**20 * int(line.split("about ")[1].split(" ")[0]) / 2)),
+    ]
+    for recipe, line in alone:
+        assert recipe.method.name == "regression" and recipe.stages == () and ", then" not in line
+    long, line = decide(base(), where, "cpu", 8 * GIB, minutes=1000.0)
+    assert (long.steps, long.stages[0].steps) == (700, 210) and "700 steps in 500 min, then 210" in line
 
 
 def test_a_smaller_memory_takes_a_cheaper_game_then_adapters_then_nothing():

@@ -90,8 +90,7 @@ class MeanFlow(Method):
 
     def loss(self, player: str, batch: Batch, rng: Source) -> Loss:
         path, options, x0 = self.student.path, self.options, batch.data
-        draw = options.levels.on(path)
-        first, second = draw(x0, rng), (draw if options.ends is None else options.ends.on(path))(x0, rng)
+        first, second = options.levels.on(path)(x0, rng), (options.ends or options.levels).on(path)(x0, rng)
         t, s = torch.maximum(first, second), torch.minimum(first, second)  # of two families too: the paper's code
         jump = uniform(x0, rng) < options.jumps
         s = torch.where(jump, s, t)
