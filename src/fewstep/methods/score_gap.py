@@ -54,7 +54,7 @@ IKLOptions = variant(MatchingOptions, "IKLOptions", critic_turns=1, match_weight
 @method(
     "sim",
     Paper("2410.16794", "One-Step Diffusion Distillation through Score Implicit Matching", "SIM"),
-    level="exact",
+    level="small",
 )
 class SIM(Matching):
     """Score implicit matching: descend a robust distance between the scores of student and teacher."""
@@ -65,7 +65,7 @@ class SIM(Matching):
 @method(
     "sid",
     Paper("2404.04057", "Score identity Distillation: Exponentially Fast Distillation of Diffusion Models", "SiD"),
-    level="exact",
+    level="small",
 )
 class SiD(Matching):
     """Score identity distillation: the squared distance of scores, more than its exact gradient's share of one term."""
@@ -76,7 +76,7 @@ class SiD(Matching):
 @method(
     "uni_instruct",
     Paper("2505.20755", "Uni-Instruct: One-step Diffusion Model through Unified Diffusion Divergence", "Uni-Instruct"),
-    level="exact",
+    level="small",
 )
 class UniInstruct(Matching):
     """The distance of scores weighed by the density ratio, with its whole gradient: an f-divergence of clean laws."""
@@ -87,7 +87,7 @@ class UniInstruct(Matching):
 @method(
     "f_distill",
     Paper("2502.15681", "One-step Diffusion Models with f-Divergence Distribution Matching", "f-distill"),
-    level="exact",
+    level="small",
 )
 class FDistill(Matching):
     """DMD2 with each row's gap weighed by ``h(r)`` of another divergence; the ratio r is the adversary's."""
@@ -99,7 +99,7 @@ class FDistill(Matching):
     "swiftbrush",
     Paper("2312.05239", "SwiftBrush: One-Step Text-to-Image Diffusion Model with Variational Score Distillation",
           "SwiftBrush"),
-    level="exact",
+    level="small",
 )  # fmt: skip
 class SwiftBrush(Matching):
     """Variational score distillation from prompts alone: teacher and LoRA critic guided alike, no images."""
