@@ -59,7 +59,7 @@ def along_flow(
 def _norms_by_channel() -> Iterator[None]:
     """Inside, group norms read contiguous pictures: their forward mode fails on those laid out channels last."""
 
-    def contiguous(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def contiguous(module: nn.Module, args: tuple[Any, ...]) -> Any:
         return (args[0].contiguous(), *args[1:]) if isinstance(module, nn.GroupNorm) else None
 
     handle = register_module_forward_pre_hook(contiguous)

@@ -89,8 +89,28 @@ def test_it_judges_without_dropout_and_goes_on_with_it():
     student.denoiser.net.register_forward_hook(lambda module, args, out: seen.append(module.training))
     game = SelfE(None, student, SelfEOptions(levels=UNIFORM, jumps=1.0)).train()
     game.loss("student", batch_of(4, classes=2, dtype=torch.float64), Rng(0))
-    assert seen == [True, False, False]
+    assert seen == [True, False]  # with and without the condition in one call
     assert student.training
+
+
+def test_the_rows_that_jump_alone_are_judged_and_each_as_if_it_stood_alone():
+    student, batch = labelled(), batch_of(8, classes=2, dtype=torch.float64)
+    calls = []
+    student.denoiser.net.register_forward_hook(lambda module, args, out: calls.append(len(args[0])))
+    fresh = torch.randn(batch.data.shape, generator=seeded(9), dtype=torch.float64)
+    options = SelfEOptions(levels=UNIFORM, drop=0.0, jumps=0.5, weight="none")
+    chosen = torch.tensor([0.0, 0.9, 0.0, 0.9, 0.9, 0.0, 0.9, 0.9])
+    script = Script(normals=[fresh], uniforms=[0.3, 0.7, chosen])
+    mixed = SelfE(None, student, options).loss("student", batch, script).total.item()
+    assert calls == [8, 6]  # three rows, with and without their condition
+
+    def alone(row, s):
+        one = Batch(batch.data[row : row + 1], batch.cond[row : row + 1], batch.noise[row : row + 1])
+        script = Script(normals=[fresh[row : row + 1]], uniforms=[s, 0.7, 0.0])
+        return SelfE(None, student, options).loss("student", one, script).total.item()
+
+    rows = [alone(row, 0.3 if jump else 0.7) for row, jump in enumerate((chosen < 0.5).tolist())]
+    assert mixed == pytest.approx(sum(rows) / 8, rel=1e-9)
 
 
 def test_its_student_serves_several_steps_evenly():

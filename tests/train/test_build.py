@@ -1,18 +1,20 @@
 """A student that is smaller than its teacher."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from fewstep import jobs
 from fewstep.denoiser import Wrapped
 from fewstep.errors import Refused
-from fewstep.interop import load_student, save_teacher
+from fewstep.interop import check_student, load_student, save_teacher
 from fewstep.jobs.training import _inherit
 from fewstep.nets import build
 from fewstep.path import Exploding
 from fewstep.student import Student
 from fewstep.train.build import inner_of, make_student
-from fewstep.train.recipe import recipe_from
+from fewstep.train.recipe import load_recipe, recipe_from
 from fewstep.train.trainer import Nobody
 
 NETS = {
@@ -90,3 +92,18 @@ def test_a_student_that_reads_no_jump_goes_on_from_the_plain_guess_of_a_flow_map
     guess, jump = before.denoiser(x, 2.5, cond), before.denoiser(x, 2.5, cond, s=0.0)
     assert torch.allclose(after.denoiser(x, 2.5, cond), guess, atol=1e-5)
     assert not torch.allclose(jump, guess, atol=1e-2)
+
+
+def test_a_flow_map_that_learned_from_data_becomes_the_teacher_of_its_own_one_step_student(tmp_path):
+    """Self-E and its late stage: a method of matching, taught by the student so far; nobody else teaches."""
+    recipe = load_recipe(
+        "digits_self_e",
+        ["steps=2", "batch=8", "evaluate.enabled=false", "ema.decay=0", "stages=[]", "student.net.widths=[8, 16]",
+         "student.net.head_width=8"],
+    )  # fmt: skip
+    late = load_recipe("digits_self_e").stages[0].model_copy(update={"steps": 2, "batch": 8})
+    recipe = recipe.model_copy(update={"stages": (late,), "teacher": None})
+    done = jobs.train(recipe, tmp_path / "run")
+    assert check_student(Path(done["model"])).steps == (1,)
+    student = load_student(done["model"]).student
+    assert not student.denoiser.net.reads_s

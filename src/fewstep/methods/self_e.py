@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..cond import Cond
+from ..cond import Cond, join, rows
 from ..grid import even_steps
 from ..losses import squared_error
 from ..method import Batch, Loss, Method
@@ -58,16 +58,21 @@ class SelfE(Method):
         draw = options.levels.on(path)
         first, second = (draw(x0, rng).clamp(path.t_low, self.student.start) for _ in range(2))
         t, s = torch.maximum(first, second), torch.minimum(first, second)
-        s = torch.where(uniform(x0, rng) < options.jumps, s, t)
+        jump = uniform(x0, rng) < options.jumps
+        s = torch.where(jump, s, t)
         cond = drop_condition(self.student.denoiser, batch.cond, x0, options.drop, rng)
         x_t = path.corrupt(x0, t, batch.noise)
         guess = self.student(x_t, t, s, cond, "x0")
         fresh = normal(x0, rng)
         aim = x0
         if options.jumps > 0 and self.step >= options.begin * options.horizon:
-            judged = self.judged(guess.detach(), s, cond, fresh)
-            lam = (self._ratio(t) - self._ratio(s)).clamp(max=options.most).to(t)
-            aim = renormed(x0 + column(lam, x0) * judged, x0)
+            index = jump.nonzero().squeeze(1)  # one sync a step: elsewhere lam = 0 and nothing needs judging
+            if not len(index):  # one row all the same: all processes make the same calls
+                index = index.new_zeros(1)
+            judged = self.judged(guess.detach()[index], s[index], rows(cond, index), fresh[index])
+            lam = (self._ratio(t[index]) - self._ratio(s[index])).clamp(max=options.most).to(t)
+            aim = x0.clone()
+            aim[index] = renormed(x0[index] + column(lam, judged) * judged, x0[index])
         error = squared_error(guess, aim)
         if options.weight == "flow":
             error = error / path.straight(t).clamp(min=options.floor).square().to(error)
@@ -79,9 +84,11 @@ class SelfE(Method):
         if cond is None:
             return guess
         x_s = self.student.path.corrupt(guess, s, noise)
+        both = join(cond, self.student.denoiser.null(cond))
         with at_rest(self.student):
-            given = self.student(x_s, s, s, cond, "x0")
-            free = self.student(x_s, s, s, self.student.denoiser.null(cond), "x0")
+            given, free = self.student(
+                x_s.repeat(2, *[1] * (x_s.ndim - 1)), s.repeat(2), s.repeat(2), both, "x0"
+            ).chunk(2)
         return guess - (free - given)
 
     def _ratio(self, t: Tensor) -> Tensor:
