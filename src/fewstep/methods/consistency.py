@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..cond import Cond, part_of
-from ..derivative import Derivative, along_flow
+from ..derivative import Derivative, along_flow, still_fast_waves
 from ..grid import grid
 from ..losses import ict_c, pseudo_huber, squared_error
 from ..method import Batch, Loss, Method
@@ -57,6 +57,7 @@ class ConsistencyOptions(Part):
     )
     derivative: Derivative = Field("exact", description="continuous: forward mode, or a central difference")
     step: float = Field(5e-3, gt=0, description="of the central difference, in atan(sigma / (alpha data_std))")
+    still: int = Field(0, ge=0, description="silence this many of the fastest waves of the student's time embedding")
     mask: str | None = Field(None, description="key of the condition that says which elements count; None: all")
 
 
@@ -101,6 +102,8 @@ class Consistency(Method):
             raise ValueError("consistency distillation needs a teacher; mode = 'training' does without")
         if self.options.form == "continuous" and (self.trajectories or self.options.target_decay > 0):
             raise ValueError("the continuous form takes its target from the student itself, at the data's end")
+        if self.options.still:
+            still_fast_waves(student, self.options.still)
         self.target = frozen(trainable_copy(student)) if self.options.target_decay > 0 else None
         self._made: tuple[tuple[int, torch.device], tuple[Tensor, Tensor, Tensor]] | None = None
 
@@ -261,6 +264,8 @@ class Consistency(Method):
 
     @torch.no_grad()
     def settle(self, step: int) -> tuple[nn.Parameter, ...]:
+        if self.options.still:
+            still_fast_waves(self.student, self.options.still)
         if self.target is not None:
             pairs = list(zip(self.target.parameters(), self.student.parameters(), strict=True))
             torch._foreach_lerp_([a for a, _ in pairs], [b.detach() for _, b in pairs], 1 - self.options.target_decay)

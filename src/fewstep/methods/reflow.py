@@ -46,7 +46,7 @@ class ReflowOptions(Part):
         "InstaFlow",
     ),
     Paper("2407.12718", "SlimFlow: Training Smaller One-Step Diffusion Models with Rectified Flow", "SlimFlow"),
-    level="exact",
+    level="small",
 )  # fmt: skip
 class Reflow(Method):
     """``E ||v(x_t, t) - (z - x)||^2``, ``x_t = (1 - t) x + t z``, over pairs (z, x) that a flow joined.
