@@ -15,7 +15,7 @@ from .cond import Cond, move, rows
 from .grid import GridKind
 from .part import Part
 from .path import Straight
-from .rng import Source
+from .rng import Source, normal
 from .student import Student
 
 
@@ -37,6 +37,14 @@ class Batch:
     def rows(self, index: Tensor | slice) -> Batch:
         target = None if self.target is None else self.target[index]
         return Batch(self.data[index], rows(self.cond, index), self.noise[index], target)
+
+    def fresh(self, rng: Source) -> Batch:
+        """Pairs as clean samples alone, under noise of their own; a batch without pairs is itself.
+
+        A pair's noise is where its sample came from: x0 noised with it lies on a line of its own, not in the law of
+        ``x_t``.
+        """
+        return self if self.target is None else replace(self, noise=normal(self.noise, rng), target=None)
 
     def to(self, device: torch.device | str) -> Batch:
         target = None if self.target is None else self.target.to(device)

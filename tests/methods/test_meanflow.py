@@ -3,11 +3,12 @@ import torch
 from games import Nudged, Script, batch_of, gradients, mlp, play, sigma_points, stream
 from laws import ExactMap, draw, exact_student, gaussian, seeded
 
-from fewstep.denoiser import Reframed, Wrapped, tapped
+from fewstep.denoiser import Denoiser, Reframed, Wrapped, tapped
 from fewstep.derivative import along_flow, still_fast_waves
 from fewstep.interop import load_teacher
 from fewstep.losses import dispersive, squared_error
-from fewstep.method import Batch
+from fewstep.method import Batch, PairOptions
+from fewstep.methods.consistency import Consistency
 from fewstep.methods.denoising import FlowMatching, FlowMatchingOptions
 from fewstep.methods.meanflow import DispersiveOptions, MeanFlow, MeanFlowOptions
 from fewstep.nets import build
@@ -238,12 +239,17 @@ def test_a_short_run_comes_close_to_the_average_velocity_of_a_gaussian(distil):
 # -- the fast clock -----------------------------------------------------------------------------
 
 
-def test_stilled_waves_stay_silent_and_leave_the_slow_ones_alone():
+@pytest.mark.parametrize(
+    ("cls", "given"),
+    [(MeanFlow, {}), (Consistency, {"mode": "training", "target_decay": 0.5})],
+    ids=["meanflow", "consistency"],
+)
+def test_stilled_waves_stay_silent_and_leave_the_slow_ones_alone(cls, given):
     student = Student(mlp(reads_s=True, prediction="flow"), (2,))
     first = student.denoiser.net.time_embedding.linear_1.weight
     before = first.detach().clone()
     half = first.shape[1] // 2
-    game = MeanFlow(None, student, MeanFlowOptions(still=2))
+    game = cls(None, student, cls.Options(still=2, **given))
     fast = [0, 1, half, half + 1]
     slow = [k for k in range(2 * half) if k not in fast]
     assert not first[:, fast].any()
@@ -254,7 +260,10 @@ def test_stilled_waves_stay_silent_and_leave_the_slow_ones_alone():
     assert not first[:, fast].any()
     assert torch.equal(first[:, slow], before[:, slow] + 1)
     with pytest.raises(ValueError, match="leave no wave"):
-        MeanFlow(None, student, MeanFlowOptions(still=half))
+        cls(None, student, cls.Options(still=half, **given))
+    if given:  # its average follows silent waves
+        average = game.target.denoiser.net.time_embedding.linear_1.weight
+        assert not average[:, fast].any() and torch.allclose(average[:, slow], before[:, slow] + 0.5)
 
 
 def test_the_fast_waves_of_the_digits_teacher_make_its_derivative_and_hardly_its_guess():
@@ -270,6 +279,37 @@ def test_the_fast_waves_of_the_digits_teacher_make_its_derivative_and_hardly_its
     (guess, rate), (quiet, calm) = found
     assert (quiet - guess).norm() < 0.02 * guess.norm()
     assert calm.norm() < 0.5 * rate.norm()
+
+
+# -- the teacher's own samples in place of the data ----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cls", "given"),
+    [(MeanFlow, {}), (Consistency, {"first": 40, "last": 40, "picks": "uniform"})],
+    ids=["meanflow", "consistency"],
+)
+def test_samples_of_the_teacher_are_learned_from_under_noise_of_their_own(cls, given):
+    """A pair's own noise would put x_t on the line between them, where the law of x_t has a correlation that is none of
+    the flow's: Var x_t of N(0, 1) noised is (1 - t)^2 + t^2, on the line of a pair x = z it is 1."""
+    law, seen = gaussian(mean=(0.0, 0.0), std=(1.0, 1.0)), []
+
+    class Watching(Denoiser):
+        path = law.path
+
+        def forward(self, x, t, cond=None, want="x0", s=None):
+            seen.append((x.detach(), t))
+            return law(x, t, cond, want)
+
+    student = Student(mlp(path=law.path, reads_s=True, prediction="flow", dtype=torch.float64), (2,))
+    game = cls(Watching(), student, cls.Options(pairs=PairOptions(count=8), **given))
+    assert game.pairs().count == 8
+    z = torch.randn(20_000, 2, generator=seeded(3), dtype=torch.float64)
+    game.loss("student", Batch(z, None, z, z), Rng(0))
+    x_t, t = seen[0]
+    near = (t > 0.4) & (t < 0.6)
+    assert x_t[near].var().item() == pytest.approx(0.5, abs=0.06)  # on the lines: 1
+    assert cls(law, student, cls.Options()).pairs() is None
 
 
 # -- dispersive regularisation ------------------------------------------------------------------

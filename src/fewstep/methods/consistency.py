@@ -15,7 +15,7 @@ from ..cond import Cond, part_of
 from ..derivative import Derivative, along_flow, still_fast_waves
 from ..grid import grid
 from ..losses import ict_c, pseudo_huber, squared_error
-from ..method import Batch, Loss, Method
+from ..method import Batch, Loss, Method, PairOptions
 from ..part import Part, variant
 from ..path import Path, column, normal
 from ..registry import Paper, method
@@ -57,6 +57,9 @@ class ConsistencyOptions(Part):
     )
     derivative: Derivative = Field("exact", description="continuous: forward mode, or a central difference")
     step: float = Field(5e-3, gt=0, description="of the central difference, in atan(sigma / (alpha data_std))")
+    pairs: PairOptions | None = Field(
+        None, description="samples of the teacher are learned from in place of the data; None: the data"
+    )
     still: int = Field(0, ge=0, description="silence this many of the fastest waves of the student's time embedding")
     mask: str | None = Field(None, description="key of the condition that says which elements count; None: all")
 
@@ -153,7 +156,12 @@ class Consistency(Method):
             self._made = (key, (times.to(device), mass.cumsum(0).to(device), weight.to(device)))
         return self._made[1]
 
+    def pairs(self) -> PairOptions | None:
+        given: PairOptions | None = self.options.pairs
+        return given
+
     def loss(self, player: str, batch: Batch, rng: Source) -> Loss:
+        batch = batch.fresh(rng)
         if self.options.form == "continuous":
             return self._continuous(batch, rng)
         path, options, x0 = self.student.path, self.options, batch.data

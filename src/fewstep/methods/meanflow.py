@@ -13,7 +13,7 @@ from ..denoiser import choose_taps, inner_of, tapped
 from ..derivative import Derivative, along_flow, still_fast_waves
 from ..grid import even_steps
 from ..losses import dispersive
-from ..method import Batch, Loss, Method
+from ..method import Batch, Loss, Method, PairOptions
 from ..part import Part
 from ..path import NoiseSampler, Path, column
 from ..registry import Paper, method
@@ -49,6 +49,9 @@ class MeanFlowOptions(Part):
         0,
         ge=0,
         description="silence this many of the fastest waves of the student's time embedding, for its derivative",
+    )
+    pairs: PairOptions | None = Field(
+        None, description="samples of the teacher are learned from in place of the data; None: the data"
     )
     dispersive: DispersiveOptions | None = Field(None, description="push features apart within a batch; None: do not")
     steps: tuple[int, ...] = Field((1,), description="step counts that the student serves")
@@ -89,6 +92,7 @@ class MeanFlow(Method):
             self.taps = choose_taps(net, lambda: student(x, t, s), self.options.dispersive.taps)
 
     def loss(self, player: str, batch: Batch, rng: Source) -> Loss:
+        batch = batch.fresh(rng)
         path, options, x0 = self.student.path, self.options, batch.data
         first, second = options.levels.on(path)(x0, rng), (options.ends or options.levels).on(path)(x0, rng)
         t, s = torch.maximum(first, second), torch.minimum(first, second)  # of two families too: the paper's code
@@ -112,6 +116,10 @@ class MeanFlow(Method):
         if spread is None:
             return Loss.mean(parts)
         return Loss.mean({**parts, "dispersive": spread}, {"dispersive": options.dispersive.weight})
+
+    def pairs(self) -> PairOptions | None:
+        given: PairOptions | None = self.options.pairs
+        return given
 
     def _guess(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond) -> tuple[Tensor, Tensor | None]:
         """The average velocity, and the dispersive term of the features on its way."""

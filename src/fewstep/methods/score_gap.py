@@ -122,7 +122,7 @@ class TDM(Matching):
     "disback",
     Paper("2408.15991", "Distribution Backtracking Builds A Faster Convergence Trajectory for Diffusion Distillation",
           "DisBack"),
-    level="exact",
+    level="small",
 )  # fmt: skip
 class DisBack(Matching):
     """Distribution backtracking: the way from the student's law to the teacher's is recorded, then walked back."""
