@@ -279,8 +279,8 @@ class UNet(Net):
     def hold(self, time: float) -> None:
         """From now on this is the network of one time, whatever it is told: its time features go into a bias.
 
-        A slow clock (``t`` itself) makes a network steep in what it reads: told that time again in other units, rounded,
-        it would answer otherwise.
+        A slow clock (``t`` itself) makes a network steep in what it reads: told that time in other units, rounded, it
+        would answer otherwise.
         """
         first = self.time_embedding.linear_1
         told = sinusoids(torch.full((1,), time, dtype=torch.float64), self.time_embedding.width)
