@@ -284,5 +284,5 @@ class UNet(Net):
         """
         first = self.time_embedding.linear_1
         told = sinusoids(torch.full((1,), time, dtype=torch.float64), self.time_embedding.width)
-        first.bias += (first.weight.double() @ told[0].to(first.weight.device)).to(first.bias)
+        first.bias.add_((first.weight.double() @ told[0].to(first.weight.device)).to(first.bias))
         first.weight.zero_()
