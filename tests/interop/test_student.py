@@ -75,6 +75,21 @@ def test_a_one_step_flow_map_is_saved_with_the_jump_it_makes(here, tmp_path, str
     assert not torch.allclose(loaded.generate(noise, cond), student.generate(noise, cond), atol=1e-2)
 
 
+@pytest.mark.parametrize("clock", ["t", "log_sigma/4"])
+def test_a_network_that_is_steep_in_a_slow_clock_answers_the_same_in_the_schedulers_units(here, tmp_path, clock):
+    """250 ln sigma in float32 is off by 1e-5: in units of t, a step that such a network sees."""
+    net = unet()
+    with torch.no_grad():
+        net.time_embedding.linear_1.weight.mul_(300.0)
+    student = Student(Wrapped(net, Straight(end=0.95), "velocity", clock), (1, 8, 8), classes=3).eval()
+    noise, cond = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(4) % 3
+    plain = student.generate(noise, cond)
+    t = torch.full((4,), 0.95 * (1 + 3e-5))
+    assert not torch.allclose(student(student.start_scale * noise, t, 0.0, cond), plain, atol=1e-4)
+    assert save_student(student, tmp_path / "s", method="meanflow").max_error < 1e-5
+    assert torch.allclose(load_student(tmp_path / "s").student.generate(noise, cond), plain, atol=1e-5)
+
+
 # -- the fresh process ------------------------------------------------------------------------------
 
 

@@ -26,11 +26,13 @@ from torch import nn
 
 from ..denoiser import PRECONDITIONED, Wrapped, clock_of
 from ..errors import Refused
+from ..nets import UNet
 from ..path import Exploding, Path, Straight, Tabulated, VariancePreserving
 from ..student import Student
 
 TOLERANCE = 1e-4  # how far a level may move, as a share of itself, to stand on a scheduler's grid
 BOUNDARY = 0.002
+SLOW = ("t", "log_sigma/4")  # clocks that do not survive 250 ln sigma in float32
 UNIT = 5e-3  # how far a table's own start may stand from unit noise: Stable Diffusion's is 0.9977
 
 
@@ -423,6 +425,8 @@ def _folded(student: Student, setting: Setting) -> Plain:
         ends.conv_in.weight.mul_(grow)
         ends.conv_out.weight.mul_(take / out)
         ends.conv_out.bias.mul_(take / out)
+        if one.clock in SLOW and isinstance(ends, UNet):
+            ends.hold(clock)
     path = Exploding(sigma_min=BOUNDARY, sigma_max=level)
     shipped = Student(
         Wrapped(folded.net, path, "cm", "250 log_sigma", scale_input=True, data_std=data_std, boundary=BOUNDARY),

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ..cond import Cond
-from .base import Net, NetConfig, TimeEmbedding, labels_of
+from .base import Net, NetConfig, TimeEmbedding, labels_of, sinusoids
 
 
 class UNetConfig(NetConfig):
@@ -274,3 +274,15 @@ class UNet(Net):
             state["time_embedding.linear_2.bias"] += self.span_embedding(length)[0]
         plain.load_state_dict(state)
         return plain.to(self.conv_in.weight.device)
+
+    @torch.no_grad()
+    def hold(self, time: float) -> None:
+        """From now on this is the network of one time, whatever it is told: its time features go into a bias.
+
+        A slow clock (``t`` itself) makes a network steep in what it reads: told that time in other units, rounded, it
+        would answer otherwise.
+        """
+        first = self.time_embedding.linear_1
+        told = sinusoids(torch.full((1,), time, dtype=torch.float64), self.time_embedding.width)
+        first.bias.add_((first.weight.double() @ told[0].to(first.weight.device)).to(first.bias))
+        first.weight.zero_()
