@@ -121,7 +121,7 @@ class Evaluation:
         self.train = task.train if train is None else train
         test = task.test
         if protocol.count is not None and protocol.count < len(test):
-            labels = test.cond if isinstance(test.cond, Tensor) else None
+            labels = test.cond if isinstance(test.cond, Tensor) and test.cond.ndim == 1 else None
             test = test.rows(spread_rows(labels, len(test), protocol.count, Rng(seed, "test rows")))
         elif protocol.count is not None and protocol.count > len(test):
             raise Refused(f"count = {protocol.count} but the test split has {len(test)} samples: pass at most that")
