@@ -93,11 +93,13 @@ def _paired(recipe: Recipe, task: Task) -> None:
     for index in range(len(recipe.stages) + 1):
         name = recipe.stage(index).method.name
         if method_class(name).joint and task.joint is None:
-            raise Refused(f"method {name!r} learns samples with their labels: take task 'labelled' of {recipe.task.name!r}")
+            raise Refused(
+                f"method {name!r} learns samples with their labels: take task 'labelled' of {recipe.task.name!r}"
+            )
         if task.joint is not None and not method_class(name).joint:
             raise Refused(
-                f"task {recipe.task.name!r} gives samples with their labels, and method {name!r} tells them apart from "
-                "noise of its own: take symmflow, or the task that it is of"
+                f"task {recipe.task.name!r} holds labels in its samples, which method {name!r} would take for noise: "
+                "use symmflow, or the task that it is of"
             )
 
 

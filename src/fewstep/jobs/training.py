@@ -391,7 +391,7 @@ def _save(
         folder = run / "teacher"
         save_teacher(
             student.denoiser, folder, shape=setting.shape, name=name, method=recipe.method.name, task=recipe.task.name,
-            classes=task.classes, value_range=task.value_range, training=training, table=rows,
+            classes=task.classes, joint=task.joint, value_range=task.value_range, training=training, table=rows,
             licence=recipe.licence or "unknown", recipe_sha256=recipe.sha256, seed=recipe.seed, overwrite=True,
         )  # fmt: skip
         return folder

@@ -29,8 +29,9 @@ class LabelledOptions(Part):
 class Labelled(Task):
     """Pairs: samples of another task, each with its label (or its mask) in the channels behind.
 
-    ``train`` and ``test`` are the other task's, labels as conditions. A batch is ``joint.joined``: the data is (picture,
-    noise), the noise (noise, label). Sampling starts from ``begin(noise, labels)``, and what is looked at is the picture.
+    ``train`` and ``test`` are the other task's, labels as conditions. In a batch (``joint.joined``) the data is
+    (picture, noise), the noise (noise, label). Sampling starts from ``begin(noise, labels)``, and what is looked at is
+    the picture.
     """
 
     Options = LabelledOptions
