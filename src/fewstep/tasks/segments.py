@@ -20,6 +20,8 @@ from .split import data_hash
 
 WAVES = 4
 """Plane waves in a texture."""
+AT_ONCE = 1024
+"""Pictures whose waves are in memory together."""
 
 
 class SegmentsOptions(Part):
@@ -67,11 +69,12 @@ class Ground:
 
     def texture(self, index: Tensor | slice, height: int, width: int) -> Tensor:
         """Grey in [-1, 1]: [n, 1, height, width]."""
-        wave = self.wave[index]
-        across, down, phase, share = (wave[..., k, None, None] for k in range(4))
         x, y = torch.arange(width, dtype=torch.float32), torch.arange(height, dtype=torch.float32)[:, None]
-        shade = (share * torch.cos(2 * math.pi * (across * x + down * y) + phase)).sum(1, keepdim=True)
-        return (column(self.mean[index]) + column(self.swing[index]) * shade).clamp(-1, 1)
+        shades = []
+        for wave in self.wave[index].split(AT_ONCE):
+            across, down, phase, share = (wave[..., k, None, None] for k in range(4))
+            shades.append((share * torch.cos(2 * math.pi * (across * x + down * y) + phase)).sum(1, keepdim=True))
+        return (column(self.mean[index]) + column(self.swing[index]) * torch.cat(shades)).clamp(-1, 1)
 
 
 def column(value: Tensor) -> Tensor:
