@@ -24,6 +24,7 @@ class Joint(Part):
     classes: int = Field(ge=2, le=2**12, description="different labels")
     code: Code = Field("one_hot", description="what stands for a label: a level in one channel, or a channel for each")
     places: bool = Field(False, description="every place has a label of its own: a mask")
+    width: float = Field(0.0, ge=0, allow_inf_nan=False, description="of the uniform noise that labels had in training")
 
     @property
     def book(self) -> Tensor:
@@ -37,7 +38,9 @@ class Joint(Part):
     def begin(self, noise: Tensor, labels: Cond) -> Tensor:
         """Where generation starts: noise [batch, picture + channels, ...] with the label in its channels.
 
-        Refused where the labels are missing, or are no numbers below ``classes``.
+        What stood there becomes the label's own uniform noise: the flow makes the label's Gaussian noise of it, and a
+        bare code would end in the middle of that noise, where no training sample was. Refused where the labels are
+        missing, or are no numbers below ``classes``.
         """
         kind = "masks [batch, ...]" if self.places else "labels [batch]"
         rank = noise.ndim - 1 if self.places else 1
@@ -46,7 +49,8 @@ class Joint(Part):
         if int(labels.min()) < 0 or int(labels.max()) >= self.classes:
             raise Refused(f"labels are 0 to {self.classes - 1}, got {int(labels.min())} to {int(labels.max())}")
         picture = noise[:, : self.picture]
-        return torch.cat([picture, label_map(labels, self.book, picture)], 1)
+        blur = self.width * (torch.special.ndtr(noise[:, self.picture :]) - 0.5)
+        return torch.cat([picture, label_map(labels, self.book, picture) + blur], 1)
 
     def seen(self, x: Tensor) -> Tensor:
         """The picture of samples; what is a picture alone stays as it is."""

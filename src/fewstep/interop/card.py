@@ -137,8 +137,9 @@ def _both_ways(contract: Contract) -> list[str]:
         f"labels = torch.zeros(4, {', '.join(map(str, contract.shape[1:]))}, dtype=torch.long)"
         if joint.places
         else "labels = torch.arange(4) % joint.classes",
-        "pictures = generate(both, noise, labels, joint.book, steps=8)",
-        "chart = read(both, pictures, joint.channels, torch.Generator().manual_seed(0), draws=4)",
+        "rng = torch.Generator().manual_seed(0)",
+        "pictures = generate(both, noise, labels, joint.book, 8, rng, joint.width)",
+        "chart = read(both, pictures, joint.channels, rng, draws=4)",
         f"labels = nearest(chart, joint.book{places})",
         "```",
     ]

@@ -64,10 +64,22 @@ class SymmFlow(Method):
 
 
 @torch.no_grad()
-def generate(student: Student, eps: Tensor, labels: Tensor, book: Tensor, steps: int = 1) -> Tensor:
-    """Pictures for labels, from noise like a picture, in ``steps`` Euler steps down in time."""
+def generate(
+    student: Student,
+    eps: Tensor,
+    labels: Tensor,
+    book: Tensor,
+    steps: int = 1,
+    rng: Source | None = None,
+    width: float = 0.0,
+) -> Tensor:
+    """Pictures for labels, from noise like a picture, in ``steps`` Euler steps down in time.
+
+    ``width`` is that of the labels' uniform noise in training, drawn from ``rng``: without it every label ends in the
+    middle of its Gaussian noise, where no training sample was.
+    """
     path = student.path
-    z = torch.cat([eps, label_map(labels, book, eps)], 1)
+    z = torch.cat([eps, label_map(labels, book, eps, rng, width)], 1)
     times = torch.linspace(path.t_max, path.t_min, steps + 1, dtype=torch.float64).tolist()
     for t, s in zip(times, times[1:], strict=False):
         z = path.move(z, student(z, t, path.t_min, None, "flow"), t, s)

@@ -48,7 +48,13 @@ class Labelled(Task):
         if not pixels.has_data or kinds is None or kinds < 2:
             raise Refused(f"task {name!r} has no two labels under these options: take one whose samples are labelled")
         picture = pixels.shape[0]
-        self.joint = Joint(picture=picture, classes=kinds, code=self.options.code, places=pixels.places is not None)
+        self.joint = Joint(
+            picture=picture,
+            classes=kinds,
+            code=self.options.code,
+            places=pixels.places is not None,
+            width=self.options.width,
+        )
         self.shape = (picture + self.joint.channels, *pixels.shape[1:])
         self.classes, self.places = pixels.classes, pixels.places
         self.value_range, self.data_std = pixels.value_range, pixels.data_std
@@ -76,4 +82,4 @@ class Labelled(Task):
         if not isinstance(plain.cond, Tensor):
             raise Refused(f"samples of task {self.options.of!r} are captioned, and captions do not fit into channels")
         rng = Rng(seed, "joint", step, turn, rows=None if rows is None else (*rows, size))
-        return joined(plain.data, plain.cond, plain.noise, self.joint.book, rng, self.options.width)
+        return joined(plain.data, plain.cond, plain.noise, self.joint.book, rng, self.joint.width)
