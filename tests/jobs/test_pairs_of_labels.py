@@ -63,7 +63,7 @@ def test_its_folder_loads_reads_and_generates_and_says_that_stock_pipelines_cann
     run, _ = finished
     teacher = load_teacher(run / "teacher")
     joint = teacher.contract.joint
-    assert joint == Joint(picture=2, classes=3, code="one_hot")
+    assert joint == Joint(picture=2, classes=3, code="one_hot", width=0.2)
     assert teacher.contract.pipeline is None and check_student(run / "teacher").ok
     card = (run / "teacher" / "README.md").read_text()
     assert "plain diffusers cannot run it: its samples hold their labels" in card
@@ -72,7 +72,7 @@ def test_its_folder_loads_reads_and_generates_and_says_that_stock_pipelines_cann
     both = Student(teacher.denoiser, teacher.shape)
     told = nearest(read(both, task.test.data, joint.channels, torch.Generator().manual_seed(0), draws=4), joint.book)
     assert (told == task.test.cond).double().mean() > 0.95
-    made = generate(both, torch.randn(300, 2), task.test.cond, joint.book, steps=8)
+    made = generate(both, torch.randn(300, 2), task.test.cond, joint.book, 8, torch.Generator().manual_seed(1), 0.2)
     assert (torch.cdist(made, task.law.mean.float()).argmin(1) == task.test.cond).double().mean() > 0.9
     scope = {}
     exec(code.replace('load_teacher(".")', f"load_teacher({str(run / 'teacher')!r})"), scope)

@@ -65,6 +65,22 @@ def test_parts_of_a_batch_are_those_of_the_whole():
     assert torch.equal(whole.noise, torch.cat([p.noise for p in parts]))
 
 
+def test_sampling_starts_where_training_did_and_not_from_bare_codes():
+    """The label's channels of a start have the law that they had in batches; a bare code has no spread at all."""
+    task = task_named("labelled", {**MIXTURE, "width": 0.6})
+    label = many(task)[1][:, 2:]
+    blur = label - task.joint.book[nearest(label, task.joint.book)]
+    labels = torch.arange(12_000) % 3
+    start = task.begin(torch.randn(12_000, 5, generator=torch.Generator().manual_seed(0)), labels)
+    mine = start[:, 2:].double() - task.joint.book[labels]
+    assert mine.abs().max() <= 0.3
+    parts = torch.linspace(0.1, 0.9, 9, dtype=torch.float64)
+    assert torch.allclose(mine.flatten().quantile(parts), blur.flatten().quantile(parts), atol=0.01)
+    assert torch.corrcoef(torch.cat([start[:, :2].double(), mine], 1).T).fill_diagonal_(0).abs().max() < 0.04
+    bare = task.joint.model_copy(update={"width": 0.0}).begin(torch.randn(12, 5), labels[:12])
+    assert torch.equal(bare[:, 2:], task.joint.book[labels[:12]])
+
+
 def test_sampling_starts_from_the_label_and_what_is_seen_is_the_picture():
     task = task_named("labelled")
     noise, labels = torch.randn(4, 11, 8, 8), torch.tensor([0, 9, 3, 3])
