@@ -78,11 +78,22 @@ METHODS = {
     "consistency_trajectory": {"name": "consistency_trajectory", "options": {"first": 4, "last": 4}},
     "meanflow": {"name": "meanflow", "options": {"derivative": "difference", "jumps": 0.3}},
     "self_e": {"name": "self_e", "options": {"steps": [1, 2]}},
+    "symmflow": {"name": "symmflow"},
+}
+OWN = {
+    "symmflow": {
+        "task": {
+            "name": "labelled",
+            "options": {"of": "mixture", "options": {**BASE["task"]["options"], "classes": 2}, "width": 0.2},
+        },
+        "teacher": None,
+        "student": {"net": NET["net"], "path": {"kind": "straight"}, "prediction": "velocity", "clock": "1000t"},
+    }
 }
 
 
 def recipe_of(method, **changes):
-    return recipe_from({**BASE, "method": METHODS[method], **changes})
+    return recipe_from({**BASE, **OWN.get(method, {}), "method": METHODS[method], **changes})
 
 
 def run_crew(folder, *scenarios):

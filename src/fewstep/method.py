@@ -96,6 +96,7 @@ class Method(nn.Module, ABC):
     makes: ClassVar[Literal["student", "teacher", "start"]] = "student"  # a start gives no samples to look at
     straight: ClassVar[bool] = False  # wants the straight path; others are seen through Reframed
     flow_map: ClassVar[bool] = False  # wants a network that reads the length of the jump
+    joint: ClassVar[bool] = False  # learns pictures with their labels in further channels
     guides: ClassVar[bool] = False  # guides the teacher itself; the others get a guided one
 
     student: Student

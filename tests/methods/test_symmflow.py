@@ -58,6 +58,19 @@ def test_one_network_generates_and_classifies_and_a_branch_on_the_wrong_clock_do
     assert told < 0.6
 
 
+def test_label_noise_that_knows_the_label_teaches_nothing_of_pictures():
+    """The broken twin's noise leans to the label: the network reads it there, and not from the picture."""
+
+    def leaning(step, turn):
+        batch = pairs(step, turn)
+        data = batch.data.clone()
+        data[:, 2:] += 4 * batch.noise[:, 2:]
+        return type(batch)(data, None, batch.noise)
+
+    told, _ = scores(trained(leaning))
+    assert told < 0.8
+
+
 def test_it_is_flow_matching_of_pairs_with_a_weight_for_each_half():
     student, batch = Student(mlp(shape=(3,), prediction="flow"), (3,)), batch_of(16, (3,))
     level = NoiseSampler(low=0.4, high=0.4)

@@ -21,7 +21,8 @@ from ..rng import Rng
 from ..student import Student
 from .pictures import sheets
 from .protocol import FEW, Protocol
-from .rows import Report, Row, Scores, Scout, put, with_excess
+from .reading import readings
+from .rows import Reading, Report, Row, Scores, Scout, put, with_excess
 from .sampling import Candidate, full_teacher, of_student
 from .stage import (
     Quiet,
@@ -121,7 +122,7 @@ class Evaluation:
         self.train = task.train if train is None else train
         test = task.test
         if protocol.count is not None and protocol.count < len(test):
-            labels = test.cond if isinstance(test.cond, Tensor) else None
+            labels = test.cond if isinstance(test.cond, Tensor) and test.cond.ndim == 1 else None
             test = test.rows(spread_rows(labels, len(test), protocol.count, Rng(seed, "test rows")))
         elif protocol.count is not None and protocol.count > len(test):
             raise Refused(f"count = {protocol.count} but the test split has {len(test)} samples: pass at most that")
@@ -313,7 +314,12 @@ class Evaluation:
         for candidate in timed:  # rows whose figures came from the cache have no pictures yet
             if candidate.title not in self.pictures:
                 self.pictures[candidate.title] = stage.few(candidate, self.shown)
-        pictures, listed = sheets(self, timed, finished, hashes)
+        read: tuple[Reading, ...] = ()
+        told: Tensor | None = None
+        if teacher is not None and self.task.joint is not None and isinstance(self.test.cond, Tensor):
+            stage.watch.say("measuring: reading of labels")
+            read, told = readings(teacher, self.task, self.test.data, self.test.cond, self.seed)
+        pictures, listed = sheets(self, timed, finished, hashes, told)
         scores = Scores(
             schema="fewstep.scores/1",
             task=self.task.name,
@@ -326,6 +332,7 @@ class Evaluation:
             features={"name": self.features.name, **self.features.notes},
             few=FEW,
             sheets=listed,
+            readings=read,
             notes=self._notes(),
             machine=machine(timed),
             seconds={"measuring": round(measured, 2), "all": round(time.perf_counter() - began, 2)},

@@ -15,7 +15,7 @@ from .blind import ballot, preferences, write_ballot
 from .diagnosis import charts, read_diagnosis
 from .pictures import thumbnail
 from .plots import curve, training
-from .rows import Document, Measured, Report, Row, Sheet, document, put, read_scores
+from .rows import Document, Measured, Reading, Report, Row, Sheet, document, put, read_scores
 
 MAX_PICTURE = 8 * 2**20
 MAX_TEXT = 32 * 2**20
@@ -130,7 +130,8 @@ def view(found: Document, run: Path, recipe: str | None) -> dict[str, Any]:
         "more": more,
         "exact": exact,
         "tiles": _tiles(found, student),
-        "pictures": [(s, d, _figures(s, rows)) for s, d in pictures if s.kind != "nearest"],
+        "pictures": [(s, d, _figures(s, rows)) for s, d in pictures if s.kind not in ("nearest", "reading")],
+        "reading": next(((s, d) for s, d in pictures if s.kind == "reading"), None),
         "grid": _grid(found, run),
         "nearest": next(((s, d) for s, d in pictures if s.kind == "nearest"), None),
         "progress": [
@@ -363,8 +364,10 @@ def table(report: Report | Measured | Mapping[str, Any]) -> str:
     """The rows as plain text, for a terminal; takes a report, scores, or the content of ``report.json``."""
     if isinstance(report, Mapping):
         rows, reference = tuple(Row.model_validate(row) for row in report["rows"]), report.get("reference", "data")
+        read = tuple(Reading.model_validate(one) for one in report.get("readings", ()))
     else:
-        rows, reference = report.rows, (report.scores if isinstance(report, Report) else report).reference
+        scores = report.scores if isinstance(report, Report) else report
+        rows, reference, read = scores.rows, scores.reference, scores.readings
     columns = columns_of(reference, rows)
     lines = [["model", *(title for _, title, _ in columns)]]
     lines += [[row_name(row), *(cell(row, name) for name, _, _ in columns)] for row in rows]
@@ -376,4 +379,5 @@ def table(report: Report | Measured | Mapping[str, Any]) -> str:
             [first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))]
         ).rstrip()
 
-    return "\n".join([text(lines[0]), "-" * (sum(widths) + 2 * (len(widths) - 1)), *map(text, lines[1:])])
+    ruled = [text(lines[0]), "-" * (sum(widths) + 2 * (len(widths) - 1)), *map(text, lines[1:])]
+    return "\n".join([*ruled, *(one.line for one in read)])

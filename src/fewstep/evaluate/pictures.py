@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import need
+from .reading import shown_reading
 from .rows import Row, Sheet, Tiles, best_teacher
 from .sampling import Candidate
 
@@ -26,10 +27,14 @@ LARGE = 768
 
 
 def sheets(
-    stage: Evaluation, candidates: list[Candidate], rows: tuple[Row, ...], hashes: dict[str, str]
+    stage: Evaluation,
+    candidates: list[Candidate],
+    rows: tuple[Row, ...],
+    hashes: dict[str, str],
+    told: Tensor | None = None,
 ) -> tuple[dict[str, bytes], tuple[Sheet, ...]]:
     """PNG files and what they show: students, the teacher at its best few steps, in full and in one call, real data,
-    and the nearest training samples."""
+    the nearest training samples, and the labels ``told`` where such were read."""
     need("PIL", "evaluate")
     wanted: list[tuple[str, str, Any, int, str]] = []  # file, kind, title, calls, model hash
     for candidate in candidates:
@@ -71,6 +76,12 @@ def sheets(
                 columns=10,
             )
         )
+    read = None if told is None else shown_reading(stage.task, stage.test, told)
+    if read is not None:
+        found, title, across = read
+        pictures["samples/reading.png"] = png(tiled(found, across), {"made": False})
+        about = f"{len(found)} pictures"
+        listed.append(Sheet(file="samples/reading.png", title=title, kind="reading", alt=about, columns=across))
     return pictures, tuple(listed)
 
 

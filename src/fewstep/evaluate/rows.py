@@ -100,9 +100,36 @@ class Sheet(Part):
 
     file: str
     title: str
-    kind: Literal["student", "teacher", "real", "nearest"]
+    kind: Literal["student", "teacher", "real", "nearest", "reading"]
     alt: str = ""
     columns: int = 1
+
+
+class Reading(Part):
+    """Labels or masks read from unseen pictures, in ``steps`` steps up in time from each of ``draws`` label noises.
+
+    ``accuracy``: the share of pictures, or of places, whose label was read. ``iou``: of masks, intersection over union
+    of everything but the ground. Spreads are bootstrap errors over the ``count`` pictures.
+    """
+
+    what: Literal["labels", "masks"]
+    steps: int
+    draws: int
+    calls: int
+    accuracy: float = Field(allow_inf_nan=False)
+    accuracy_spread: float | None = None
+    iou: float | None = Field(None, allow_inf_nan=False)
+    iou_spread: float | None = None
+    count: int
+
+    @property
+    def line(self) -> str:
+        """In words."""
+        noises = f"the mean of {self.draws} label noises" if self.draws > 1 else "one label noise"
+        how = f"in {self.steps} step{'s' if self.steps > 1 else ''} from {noises}"
+        if self.iou is not None:
+            return f"Masks read {how}: IoU {self.iou:.3f}, {self.accuracy:.1%} of the places right."
+        return f"Labels read {how}: {self.accuracy:.1%} right."
 
 
 class Tiles(Part):
@@ -156,6 +183,7 @@ class Measured(Part):
     features: dict[str, Any] = {}
     few: int = FEW
     sheets: tuple[Sheet, ...] = ()
+    readings: tuple[Reading, ...] = ()
     tiles: Tiles | None = None
     notes: tuple[str, ...] = ()
     machine: dict[str, Any] = {}

@@ -88,7 +88,8 @@ class Stage:
 
     def noise(self, use: str, draw: int) -> Tensor:
         """The noise of one draw: the same for every row."""
-        return Rng(self.seed, "evaluate", use, draw).normal((self.count, *self.task.shape))
+        noise = Rng(self.seed, "evaluate", use, draw).normal((self.count, *self.task.shape))
+        return self.task.begin(noise, self.cond)
 
     def many(
         self,
@@ -177,8 +178,8 @@ class Stage:
             return [None] * len(timed)
         size = self.protocol.timing_batch
         pick = torch.arange(size) % self.count
-        noise = Rng(self.seed, "timing").normal((size, *self.task.shape))
         cond = rows_of(self.cond, pick)
+        noise = self.task.begin(Rng(self.seed, "timing").normal((size, *self.task.shape)), cond)
         total = (rounds + 1) * len(timed)
         self.watch.start("timing", total)
         seconds: list[list[float]] = [[] for _ in timed]

@@ -145,7 +145,8 @@ def _teacher_only(scores: Scores) -> Verdict:
     if full is None or floor is None or not full.frechet or not floor.frechet:
         return Verdict(grade="unknown", headline="Nothing was measured but real data.", warnings=scores.notes)
     text = f"The teacher is {full.frechet / floor.frechet:.1f} times as far from real data as real data is from itself."
-    return Verdict(grade="unknown", headline=text, warnings=scores.notes)
+    points = tuple(reading.line for reading in scores.readings)
+    return Verdict(grade="unknown", headline=text, points=points, warnings=scores.notes)
 
 
 def who(row: Row) -> str:

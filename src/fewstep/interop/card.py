@@ -79,6 +79,8 @@ def card(
 
 
 def _use(contract: Contract) -> list[str]:
+    if contract.joint is not None:
+        return _both_ways(contract)
     if contract.pipeline is None:
         if contract.program != "model.pt2":
             load = ["from fewstep.interop import load_student", "", 'student = load_student(".").student']
@@ -111,6 +113,34 @@ def _use(contract: Contract) -> list[str]:
         "",
         f'pipe = {contract.pipeline}.from_pretrained(".")',
         f"images = pipe({arguments}, generator=torch.manual_seed(0)){'[0]' if contract.prompts else '.images'}",
+        "```",
+    ]
+
+
+def _both_ways(contract: Contract) -> list[str]:
+    """How a network that holds its labels makes pictures, and reads them."""
+    joint = contract.joint
+    assert joint is not None
+    places = ", places=True" if joint.places else ""
+    return [
+        "```python",
+        "import torch",
+        "",
+        "from fewstep.interop import load_teacher",
+        "from fewstep.joint import nearest",
+        "from fewstep.methods.symmflow import generate, read",
+        "from fewstep.student import Student",
+        "",
+        'teacher = load_teacher(".")',
+        "both, joint = Student(teacher.denoiser, teacher.shape), teacher.contract.joint",
+        f"noise = torch.randn(4, {', '.join(map(str, (joint.picture, *contract.shape[1:])))})",
+        f"labels = torch.zeros(4, {', '.join(map(str, contract.shape[1:]))}, dtype=torch.long)"
+        if joint.places
+        else "labels = torch.arange(4) % joint.classes",
+        "rng = torch.Generator().manual_seed(0)",
+        "pictures = generate(both, noise, labels, joint.book, 8, rng, joint.width)",
+        "chart = read(both, pictures, joint.channels, rng, draws=4)",
+        f"labels = nearest(chart, joint.book{places})",
         "```",
     ]
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..cond import Cond
 from ..denoiser import PRECONDITIONED, Clock, Wrapped
 from ..errors import Refused
+from ..joint import Joint
 from ..part import Part
 from ..path import AnyPath
 from ..registry import nearest
@@ -100,6 +101,7 @@ class Contract(Part):
     shape: tuple[Annotated[int, Field(ge=1, le=2**16)], ...] = Field(min_length=1, max_length=6)
     value_range: tuple[float, float] | None = None
     classes: int | None = Field(None, ge=1, le=10**7)
+    joint: Joint | None = Field(None, description="how samples hold their labels; None: they do not")
     null_label: int | None = Field(None, ge=0, le=10**7, description="the label that stands for no condition")
     pipeline: Line | None = Field(None, description="the stock diffusers class that runs it; None: no diffusers model")
     prompts: bool = Field(False, description="the condition comes from prompts, through the pipeline's own encoders")
@@ -139,6 +141,8 @@ class Contract(Part):
                 raise ValueError(f"{one.count} steps end at {one.times[-1]:g}, which is clean already")
         if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
             raise ValueError(f"value_range needs low < high, got {list(self.value_range)}")
+        if self.joint is not None and self.joint.picture + self.joint.channels != self.shape[0]:
+            raise ValueError(f"joint has {self.joint.picture + self.joint.channels} channels, shape {self.shape[0]}")
         return self
 
     # -- reading and writing ------------------------------------------------------------------------
@@ -169,8 +173,12 @@ class Contract(Part):
 
     def save(self, folder: File | str) -> None:
         """Write ``fewstep.json`` into a folder."""
-        text = json.dumps(self.model_dump(mode="json"), indent=2, allow_nan=False)
+        text = json.dumps(self.plain(), indent=2, allow_nan=False)
         (File(folder) / CONTRACT).write_text(text + "\n", encoding="utf-8")
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON; ``joint`` is left out where there is none, so that older versions read the others."""
+        return self.model_dump(mode="json", exclude={"joint"} if self.joint is None else None)
 
     # -- what it means ------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from ..adapters import adapters, fold
 from ..cond import Cond
 from ..denoiser import Denoiser, Wrapped
 from ..errors import Failed, Refused
+from ..joint import Joint
 from ..student import Student
 from .card import card
 from .checking import (
@@ -167,6 +168,7 @@ def save_teacher(
     method: str,
     task: str | None = None,
     classes: int | None = None,
+    joint: Joint | None = None,
     value_range: tuple[float, float] | None = (-1.0, 1.0),
     training: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
@@ -180,7 +182,8 @@ def save_teacher(
     """Write a network of ours as a teacher folder: a stock pipeline where one runs it, and ``fewstep.json``.
 
     A preconditioned (``cm``) U-Net becomes a ``ConsistencyModelPipeline``; its golden sample is the guess at
-    the noisiest level, which stock diffusers must repeat.
+    the noisiest level, which stock diffusers must repeat. With ``joint`` samples hold their labels: no stock pipeline
+    starts from a label in its channels, so that the folder is ours alone.
     """
     shipped = _prepared(Student(denoiser, shape))
     net = wrapped(shipped).net
@@ -194,6 +197,7 @@ def save_teacher(
         "task": task,
         "classes": classes,
         "null_label": known,
+        "joint": joint,
         "value_range": value_range,
         "training": dict(training or {}),
         "metrics": dict(metrics or {}),
@@ -236,6 +240,8 @@ def _write(
     lora: Lora | None = None,
 ) -> Check:
     plain, reason = _planned(student, facts["classes"], teacher, fold)
+    if facts.get("joint") is not None:
+        plain, reason = None, "its samples hold their labels, and no stock pipeline starts from those"
     if plain is not None:
         need_diffusers()
         student = plain.student
@@ -283,7 +289,7 @@ def _write(
             program=exported,
             **facts,
         )
-        contract = Contract.parse(json.loads(json.dumps(contract.model_dump(mode="json"))))
+        contract = Contract.parse(json.loads(json.dumps(contract.plain())))
         contract.save(partial)
         stamp(partial, contract)
         for names, file in FILES.items() if lora else ():

@@ -52,6 +52,7 @@ def prepare(recipe: Recipe, run: File, device: str, watch: Watch, resume: bool =
             if side[0] in (1, 3):
                 options.setdefault("channels", side[0])
     task = task_named(recipe.task.name, options)
+    _paired(recipe, task)
     if isinstance(task, Images) and task.train.captions is not None and _readers(teacher):
         _read_captions(task, teacher, watch)
     if isinstance(task, Prompts):
@@ -85,6 +86,21 @@ def prepare(recipe: Recipe, run: File, device: str, watch: Watch, resume: bool =
     if found is not None:
         watch.say(found)
     return Setting(task, teacher, denoiser, raw, task.shape)
+
+
+def _paired(recipe: Recipe, task: Task) -> None:
+    """Refuse a method that learns labelled pairs without them, and pairs to a method that would spoil their labels."""
+    for index in range(len(recipe.stages) + 1):
+        name = recipe.stage(index).method.name
+        if method_class(name).joint and task.joint is None:
+            raise Refused(
+                f"method {name!r} learns samples with their labels: take task 'labelled' of {recipe.task.name!r}"
+            )
+        if task.joint is not None and not method_class(name).joint:
+            raise Refused(
+                f"task {recipe.task.name!r} holds labels in its samples, which method {name!r} would take for noise: "
+                "use symmflow, or the task that it is of"
+            )
 
 
 def _readers(teacher: Any) -> list[Any]:

@@ -22,6 +22,7 @@ from ..rng import Rng, mix
 from ..student import Student
 from ..tasks.base import Task
 from ..tasks.encoded import Encoded
+from ..tasks.labelled import Labelled
 from ..tasks.shards import cache_folder
 from ..train.build import make_student, method_class, method_options
 from ..train.pairs import Pairs
@@ -328,7 +329,7 @@ def _evaluated(
     task = setting.task
     if not task.has_data:
         return _without_reference(recipe, run, setting, student, facts, watch)
-    pixels = task.pixels if isinstance(task, Encoded) else task
+    pixels = task.pixels if isinstance(task, Encoded | Labelled) else task
     features = after_first(lambda: features_for(pixels, run / "cache"))
     if not recipe.evaluate.fresh and recipe.teacher is not None:
         source = recipe.teacher.source
@@ -393,7 +394,7 @@ def _save(
         folder = run / "teacher"
         save_teacher(
             student.denoiser, folder, shape=setting.shape, name=name, method=recipe.method.name, task=recipe.task.name,
-            classes=task.classes, value_range=task.value_range, training=training, table=rows,
+            classes=task.classes, joint=task.joint, value_range=task.value_range, training=training, table=rows,
             licence=recipe.licence or "unknown", recipe_sha256=recipe.sha256, seed=recipe.seed, overwrite=True,
         )  # fmt: skip
         return folder
@@ -421,7 +422,7 @@ def _sheet(student: Student, task: Task, seed: int) -> Any:
     elif cond is not None:
         cond = task.train.rows(torch.arange(count) % len(task.train)).cond
     device = next(student.parameters()).device
-    noise = Rng(seed, "sheet").normal((count, *student.shape)).to(device)
+    noise = task.begin(Rng(seed, "sheet").normal((count, *student.shape)), cond).to(device)
     from ..cond import move
 
     return task.pictures(student.generate(noise, move(cond, device), Rng(seed, "sheet steps", device=device)).cpu())

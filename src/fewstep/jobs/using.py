@@ -85,6 +85,9 @@ def sample(
         def draw(noise: torch.Tensor, cond: Any, rng: torch.Generator) -> torch.Tensor:
             return run_solver(loaded.denoiser, start_noise(path, times[0], noise), times, solver, cond=cond, rng=rng)
 
+    joint = loaded.contract.joint if loaded.contract is not None else None
+    if joint is not None and joint.places:
+        raise Refused(f"{model} makes pictures for masks, and --labels are none: its README.md shows how from Python")
     wanted = list(labels) if labels else None
     if wanted is not None and classes is None:
         raise Refused(f"{model} takes no labels: leave out --labels")
@@ -101,7 +104,10 @@ def sample(
         chosen = None if classes is None else torch.tensor([_label(k, wanted, classes) for k in index])
         with torch.inference_mode():
             rng = torch.Generator(device).manual_seed(mix(seed, "steps", begin))
+            if joint is not None:
+                noise = joint.begin(noise, chosen)
             x = draw(noise.to(device), None if chosen is None else chosen.to(device), rng).float().cpu()
+            x = x if joint is None else joint.seen(x)
             x = decode(x).clamp(low, high)
         image = x.ndim == 4 and x.shape[1] in (1, 3)
         for row, k in zip(x, index, strict=True):

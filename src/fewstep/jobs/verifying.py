@@ -22,7 +22,8 @@ def scores_of(report: Mapping[str, Any], training: Mapping[str, Any] | None = No
     ``over_floor``: the teacher's full Fréchet distance over the floor; ``best_over_floor``: its best at
     up to 8 calls; against an exact law ``sliced_w2`` and its like; ``over_teacher``, ``over_four_calls``: the
     student over the teacher there;
-    ``speedup``: of throughput against the full teacher; ``seconds``: of training, pairs included.
+    ``speedup``: of throughput against the full teacher; ``read_accuracy``, ``read_iou``: of labels read in one step
+    from the mean of most noises; ``seconds``: of training, pairs included.
     """
     rows: list[Mapping[str, Any]] = list(report["rows"])
     named = {kind: [r for r in rows if r["model"] == kind] for kind in ("student", "teacher", "real")}
@@ -43,6 +44,12 @@ def scores_of(report: Mapping[str, Any], training: Mapping[str, Any] | None = No
         fours = [float(r["frechet"]) for r in few if r["nfe"] == 4]
         if fours:
             out["over_four_calls"] = float(main["frechet"]) / min(fours)
+    quick = [r for r in report.get("readings", ()) if r["steps"] == 1]
+    if quick:
+        most = max(quick, key=lambda r: r["draws"])
+        out["read_accuracy"] = float(most["accuracy"])
+        if most.get("iou") is not None:
+            out["read_iou"] = float(most["iou"])
     if training:
         out["seconds"] = float(training["seconds"]) + float(training["pairs_seconds"])
     return out

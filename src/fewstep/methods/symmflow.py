@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..joint import Joint as Joint
+from ..joint import codes as codes
+from ..joint import joined as joined
+from ..joint import label_map as label_map
+from ..joint import nearest as nearest
 from ..losses import squared_error
 from ..method import Batch, Loss, Method
 from ..part import Part
 from ..path import NoiseSampler
 from ..registry import Paper, method
-from ..rng import Source, normal, uniform
+from ..rng import Source, normal
 from ..student import Student
 from .denoising import straight_rate
 
@@ -46,6 +49,7 @@ class SymmFlow(Method):
     needs_teacher = False
     makes = "teacher"
     straight = True
+    joint = True
 
     def loss(self, player: str, batch: Batch, rng: Source) -> Loss:
         path, options = self.student.path, self.options
@@ -59,46 +63,23 @@ class SymmFlow(Method):
         return Loss.mean(parts, {"picture": options.picture_weight, "label": options.label_weight})
 
 
-def codes(classes: int, kind: Literal["level", "one_hot"] = "level") -> Tensor:
-    """What stands for each class in the label's channels: [classes, channels], within [-1, 1].
-
-    >>> codes(3).tolist(), codes(2, "one_hot").tolist()
-    ([[-1.0], [0.0], [1.0]], [[1.0, -1.0], [-1.0, 1.0]])
-    """
-    if kind == "one_hot":
-        return 2 * torch.eye(classes) - 1
-    return torch.linspace(-1, 1, classes)[:, None]
-
-
-def label_map(labels: Tensor, book: Tensor, like: Tensor, rng: Source | None = None, width: float = 0.0) -> Tensor:
-    """Labels as channels over a picture: [batch, channels, ...] like ``like`` behind its channels.
-
-    ``labels`` are [batch], one for a picture, or [batch, ...], one for each place. With a generator they are blurred by
-    uniform noise ``width`` wide (dequantised), so that the label is a density.
-    """
-    whole = book.to(like)[labels]  # [batch, (places,) channels]
-    places = like.shape[2:]
-    if labels.ndim == 1:
-        chart = whole.reshape(*whole.shape, *[1] * len(places)).expand(*whole.shape, *places)
-    else:
-        chart = whole.movedim(-1, 1)
-    if rng is None or width == 0:
-        return chart.clone()
-    flat = chart.reshape(-1, 1)
-    return chart + width * (uniform(flat, rng).reshape(chart.shape) - 0.5).to(chart)
-
-
-def joined(x0: Tensor, labels: Tensor, eps: Tensor, book: Tensor, rng: Source, width: float = 0.0) -> Batch:
-    """The batch that SymmFlow learns from: data (x0, fresh noise), noise (eps, label)."""
-    chart = label_map(labels, book, x0, rng, width)
-    return Batch(torch.cat([x0, normal(chart, rng)], 1), None, torch.cat([eps, chart], 1))
-
-
 @torch.no_grad()
-def generate(student: Student, eps: Tensor, labels: Tensor, book: Tensor, steps: int = 1) -> Tensor:
-    """Pictures for labels, from noise like a picture, in ``steps`` Euler steps down in time."""
+def generate(
+    student: Student,
+    eps: Tensor,
+    labels: Tensor,
+    book: Tensor,
+    steps: int = 1,
+    rng: Source | None = None,
+    width: float = 0.0,
+) -> Tensor:
+    """Pictures for labels, from noise like a picture, in ``steps`` Euler steps down in time.
+
+    ``width`` is that of the labels' uniform noise in training, drawn from ``rng``: without it every label ends in the
+    middle of its Gaussian noise, where no training sample was.
+    """
     path = student.path
-    z = torch.cat([eps, label_map(labels, book, eps)], 1)
+    z = torch.cat([eps, label_map(labels, book, eps, rng, width)], 1)
     times = torch.linspace(path.t_max, path.t_min, steps + 1, dtype=torch.float64).tolist()
     for t, s in zip(times, times[1:], strict=False):
         z = path.move(z, student(z, t, path.t_min, None, "flow"), t, s)
@@ -119,11 +100,3 @@ def read(student: Student, x0: Tensor, channels: int, rng: Source, steps: int = 
             z = path.move(z, student(z, t, path.t_min, None, "flow"), t, s)
         ends.append(z[:, x0.shape[1] :])
     return torch.stack(ends).mean(0)
-
-
-def nearest(chart: Tensor, book: Tensor, places: bool = False) -> Tensor:
-    """The class whose code is nearest: of a picture's mean, [batch], or at every place, [batch, ...]."""
-    value = chart.movedim(1, -1)
-    if not places and value.ndim > 2:
-        value = value.flatten(1, -2).mean(1)
-    return (value.unsqueeze(-2) - book.to(chart)).square().sum(-1).argmin(-1)

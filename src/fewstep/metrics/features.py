@@ -314,6 +314,7 @@ def features_for(
     """
     if purpose not in get_args(Purpose):
         raise Refused(f"unknown purpose {purpose!r}: one of {', '.join(get_args(Purpose))}")
+    task = getattr(task, "pixels", task)  # of latents or of pairs: the task whose samples people see
     if len(task.shape) != 3:
         return Coordinates(task.law)
     patch = getattr(getattr(task, "options", None), "patch", 1)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..cond import Cond, rows
+from ..joint import Joint
 from ..method import Batch
 from ..part import Part
 from ..rng import Rng, mix
@@ -71,6 +72,8 @@ class Task(ABC):
     Attributes
     ----------
     shape: of one sample. ``classes``: how many labels a condition has, None where it is not a label.
+    places: how many labels a condition has at every place of a picture, None where it is no such mask.
+    joint: how samples hold their labels; None where they do not, and networks are told them.
     has_data: whether there are samples to learn from; a task without has conditions alone.
     data_std: one number for the spread of the training data, for preconditioning.
     value_range: the range that samples are held to before they are measured or drawn; None for no limit.
@@ -82,6 +85,8 @@ class Task(ABC):
     has_data: ClassVar[bool] = True
     shape: tuple[int, ...]
     classes: int | None = None
+    places: int | None = None
+    joint: Joint | None = None
     data_std: float = 1.0
     value_range: tuple[float, float] | None = None
     law: Any = None
@@ -102,8 +107,17 @@ class Task(ABC):
             return torch.full_like(cond, self.classes)
         return cond
 
+    def begin(self, noise: Tensor, cond: Cond) -> Tensor:
+        """What sampling starts from: the noise, with the label in its channels where samples hold one."""
+        return noise if self.joint is None else self.joint.begin(noise, cond)
+
+    def seen(self, x: Tensor) -> Tensor:
+        """What of a sample is looked at: all of it, or where it holds its label the picture."""
+        return x if self.joint is None else self.joint.seen(x)
+
     def finish(self, x: Tensor) -> Tensor:
         """Samples as they are delivered: held to the value range."""
+        x = self.seen(x)
         return x if self.value_range is None else x.clamp(*self.value_range)
 
     def pictures(self, x: Tensor) -> Tensor | None:

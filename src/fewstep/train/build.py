@@ -64,7 +64,9 @@ def own_module(file: File) -> ModuleType:
 def method_options(section: MethodSection, recipe: Recipe, task: Task) -> Any:
     """A method's options; what the task or the recipe already says need not be said again."""
     kind = method_class(section.name).Options
-    known = {"data_std": task.data_std, "horizon": recipe.steps}
+    known: dict[str, Any] = {"data_std": task.data_std, "horizon": recipe.steps}
+    if task.joint is not None:
+        known["picture"] = task.joint.picture
     given = {k: v for k, v in known.items() if k in kind.model_fields} | dict(section.options)
     if recipe.parallel.shard:
         _by_difference(given, kind)
@@ -140,7 +142,8 @@ def even_times(path: Path, count: int, start: float) -> tuple[float, ...]:
 
 def _own(recipe: Recipe, task: Task, teacher: Denoiser | None, cls: type[Method]) -> Denoiser:
     section = recipe.student
-    description = {"shape": task.shape, "classes": task.classes, **(section.net or {})}
+    classes = task.classes if task.joint is None else None  # a label in the sample is not told besides
+    description = {"shape": task.shape, "classes": classes, **(section.net or {})}
     if cls.flow_map:
         description["reads_s"] = True
     try:

@@ -75,7 +75,7 @@ class Prober:
         count = min(ROWS, len(task.train))
         real = task.train.rows(torch.randperm(len(task.train), generator=generator)[:count])
         self.cond: Cond = real.cond
-        self.noise = torch.randn(count, *task.shape, generator=generator)
+        self.noise = task.begin(torch.randn(count, *task.shape, generator=generator), real.cond)
         self.task = task
         self.facts = self._facts(real.data) if task.has_data else None
 
@@ -93,6 +93,7 @@ class Prober:
             else:
                 samples = student.generate(noise, cond, Rng(0, "probe", device=device)).float().cpu()
         student.train(training)
+        samples = self.task.seen(samples)
         here = self._facts(samples)
         if self.facts is None:
             self.facts = here
