@@ -78,6 +78,7 @@ METHODS = {
     "consistency_trajectory": {"name": "consistency_trajectory", "options": {"first": 4, "last": 4}},
     "meanflow": {"name": "meanflow", "options": {"derivative": "difference", "jumps": 0.3}},
     "self_e": {"name": "self_e", "options": {"steps": [1, 2]}},
+    "self_e_late": {"name": "self_e", "options": {"steps": [1, 2], "fake": 1.0, "fake_begin": 0.5}},
     "scale": {"name": "scale"},
 }
 

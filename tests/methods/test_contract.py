@@ -42,6 +42,7 @@ SETTINGS = {
         {"derivative": "difference", "step": 1e-2},
         {"still": 2, "dispersive": {"weight": 0.1}, "steps": (1, 4)},
     ],
+    "self_e": [{"fake": 1.0, "fake_begin": 0.0, "critic_turns": 2}],
     "scale": [{"better": "x2", "weight": "edm", "steps": (1, 2)}],
     "uni_instruct": [{"divergence": "jensen_shannon", "ratio_gradient": "paper"}, {"ratio_gradient": "weight"}],
 }

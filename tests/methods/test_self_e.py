@@ -9,6 +9,7 @@ from fewstep.methods.self_e import SelfE, SelfEOptions, renormed
 from fewstep.path import NoiseSampler, Straight
 from fewstep.rng import Rng
 from fewstep.student import Student
+from fewstep.teachers import Mixture
 
 UNIFORM = NoiseSampler(kind="uniform")
 
@@ -26,6 +27,74 @@ def test_the_judged_guess_climbs_the_log_probability_of_its_condition(s):
     assert slope.abs().max() > 0.1
     assert torch.allclose(pull, s**2 / (1 - s) * slope, rtol=0, atol=1e-6 * slope.abs().max())
     assert not torch.allclose(pull, -(s**2) / (1 - s) * slope, rtol=0.1, atol=1e-3)  # the other sign
+
+
+def late(student, critic=None, **options):
+    given = {"levels": UNIFORM, "drop": 0.0, "jumps": 1.0, "weight": "none", "fake": 1.0, "fake_begin": 0.0}
+    game = SelfE(None, student, SelfEOptions(**{**given, **options}))
+    if critic is not None:
+        game.critic = critic
+    return game
+
+
+@pytest.mark.parametrize("s", [0.1, 0.4, 0.8])
+@pytest.mark.parametrize("labels", [True, False])
+def test_the_late_step_goes_down_the_divergence_between_the_students_law_and_the_datas(s, labels):
+    """x_self - x0_hat = sigma_s^2 / alpha_s (grad log p(x_s | cond) - grad log q(x_s | cond)), q the student's law."""
+    law = mixture(classes=labels)
+    own = Mixture([1.0, 1.0, 1.0, 1.0], 0.8 * law.mean, 0.4, labels=law.labels)
+    game = late(Student(law, (2,)), own)
+    guess, noise = (torch.randn(64, 2, generator=seeded(k), dtype=torch.float64) for k in (0, 1))
+    cond, times = torch.arange(64) % 2 if labels else None, torch.full((64,), s, dtype=torch.float64)
+    step = game.judged(guess, times, cond, noise) - guess
+    x = law.path.corrupt(guess, s, noise).requires_grad_(True)
+    (slope,) = torch.autograd.grad((law.log_density(x, s, cond) - own.log_density(x, s, cond)).sum(), x)
+    assert slope.abs().max() > 0.1
+    assert torch.allclose(step, s**2 / (1 - s) * slope, rtol=0, atol=1e-6 * slope.abs().max())
+    early = late(Student(law, (2,)), own, fake_begin=0.5).judged(guess, times, cond, noise) - guess
+    assert not torch.allclose(step, early, rtol=0.05, atol=1e-3)
+    added = step - early  # the auxiliary term alone, which the wrong sign would turn round
+    assert not torch.allclose(step - 2 * added, s**2 / (1 - s) * slope, rtol=0.1, atol=1e-3)
+
+
+def test_late_it_rests_where_the_students_law_is_the_datas_and_early_it_sharpens_on():
+    law = mixture(classes=True)
+    guess, noise = (torch.randn(64, 2, generator=seeded(k), dtype=torch.float64) for k in (0, 1))
+    cond, times = torch.arange(64) % 2, torch.full((64,), 0.5, dtype=torch.float64)
+    rest, early = (late(Student(law, (2,)), law, fake=fake) for fake in (1.0, 0.5))
+    assert (rest.judged(guess, times, cond, noise) - guess).abs().max() < 1e-12
+    assert (early.judged(guess, times, cond, noise) - guess).abs().max() > 0.1
+
+
+def test_the_critic_denoises_the_students_guesses_and_the_student_gets_no_gradient_of_it():
+    student, batch = labelled(), batch_of(8, classes=2, dtype=torch.float64)
+    game, fresh = late(student), torch.randn(8, 2, generator=seeded(9), dtype=torch.float64)
+    with torch.no_grad():
+        for value in game.critic.parameters():
+            value.add_(0.05)
+    loss = game.loss("critic", batch, Script(normals=[fresh], uniforms=[0.3, 0.7, 0.0])).total
+    t, s = (torch.full((8,), v, dtype=torch.float64) for v in (0.7, 0.3))
+    guess = student(0.3 * batch.data + 0.7 * batch.noise, t, s, batch.cond, "x0").detach()
+    wanted = squared_error(game.critic(0.7 * guess + 0.3 * fresh, s, batch.cond, "x0", s), guess).mean()
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-9)
+    loss.backward()
+    assert all(p.grad is None for p in student.parameters())
+    assert any(p.grad.abs().max() > 0 for p in game.critic.parameters() if p.grad is not None)
+
+
+def test_the_late_stage_begins_when_it_is_said_with_the_student_as_its_own_critic():
+    student = labelled()
+    game = late(student, fake_begin=0.5, horizon=10, critic_turns=2)
+    assert game.players == ("student", "critic") and SelfE(None, student).players == ("student",)
+    assert game.turns(4) == ("student",) and game.turns(5) == ("critic", "critic", "student")
+    with torch.no_grad():
+        for value in student.parameters():
+            value.add_(0.1)
+    assert game.settle(3) == () and game.settle(5) == ()
+    forgotten = game.settle(4)
+    assert {id(p) for p in forgotten} == {id(p) for p in game.critic.parameters()}
+    pairs = zip(game.critic.parameters(), student.denoiser.parameters(), strict=True)
+    assert all(torch.equal(mine, theirs) and mine is not theirs for mine, theirs in pairs)
 
 
 def scripted(student, batch, t, s, **options):

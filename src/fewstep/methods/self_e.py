@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..cond import Cond
 from ..grid import even_steps
@@ -18,7 +19,7 @@ from ..part import Part
 from ..path import NoiseSampler, Path, column, normal
 from ..registry import Paper, method
 from ..rng import Source, uniform
-from ..student import Student
+from ..student import Student, trainable_copy
 from .denoising import drop_condition
 
 
@@ -30,6 +31,9 @@ class SelfEOptions(Part):
     weight: Literal["flow", "none"] = Field("flow", description="of the squared error in x0: 1 / time^2, or 1")
     floor: float = Field(0.05, gt=0, le=1, description="least time on the straight path in that weight")
     begin: float = Field(0.0, ge=0, le=1, description="share of the horizon before the student judges itself")
+    fake: float = Field(0.0, ge=0, description="weight of the student's own score in the late stage; 0: no such stage")
+    fake_begin: float = Field(0.75, ge=0, le=1, description="share of the horizon before the late stage")
+    critic_turns: int = Field(1, ge=1, description="critic updates before each of the student's, in the late stage")
     horizon: int = Field(1000, ge=1, description="student updates in all; the recipe's steps")
     steps: tuple[int, ...] = Field((1, 2, 4, 8), description="step counts that the student serves")
     start: float | None = Field(None, gt=0, description="time of the first step; None: the path's end")
@@ -47,11 +51,40 @@ class SelfE(Method):
     where it lands (noised to s, s = t there), says of the condition: ``x_self = G - (D(x_s, null) - D(x_s, cond))``, a
     step of size ``sigma_s^2/alpha_s`` up ``grad log p(cond | x_s)``. The target keeps the clean sample's norm. At
     s = t, lam = 0 and it is denoising. Nothing flows back through the judgement.
+
+    In a late stage, ``fake > 0``, a critic learns the student's own guesses: ``x_self -= fake (C(x_s, cond) - D(x_s,
+    null))``. At fake = 1 the whole step is ``D(x_s, cond) - C(x_s, cond)``, down the KL from the student's law to the
+    data's at x_s, and is no step at all where the two agree.
     """
 
     Options = SelfEOptions
     needs_teacher = False
     flow_map = True
+
+    def __init__(self, teacher: Any, student: Student, options: SelfEOptions | None = None) -> None:
+        super().__init__(teacher, student, options)
+        if self.options.fake > 0:
+            self.critic = trainable_copy(student.denoiser)
+            self.players = ("student", "critic")  # type: ignore[misc]
+
+    def turns(self, step: int) -> tuple[str, ...]:
+        late = self.options.fake > 0 and step >= self._late
+        return ("critic",) * self.options.critic_turns + ("student",) if late else ("student",)
+
+    @property
+    def _late(self) -> int:
+        """The first step of the late stage."""
+        return math.ceil(self.options.fake_begin * self.options.horizon)
+
+    @torch.no_grad()
+    def settle(self, step: int) -> tuple[nn.Parameter, ...]:
+        """The critic begins as what the student is by then."""
+        if self.options.fake == 0 or step + 1 != self._late:
+            return ()
+        theirs = (*self.student.denoiser.parameters(), *self.student.denoiser.buffers())
+        for mine, value in zip((*self.critic.parameters(), *self.critic.buffers()), theirs, strict=True):
+            mine.copy_(value)
+        return tuple(p for p in self.critic.parameters() if p.requires_grad)
 
     def loss(self, player: str, batch: Batch, rng: Source) -> Loss:
         path, options, x0 = self.student.path, self.options, batch.data
@@ -61,6 +94,8 @@ class SelfE(Method):
         s = torch.where(uniform(x0, rng) < options.jumps, s, t)
         cond = drop_condition(self.student.denoiser, batch.cond, x0, options.drop, rng)
         x_t = path.corrupt(x0, t, batch.noise)
+        if player == "critic":
+            return self._critic_loss(x_t, t, s, cond, rng)
         guess = self.student(x_t, t, s, cond, "x0")
         fresh = normal(x0, rng)
         aim = x0
@@ -68,21 +103,35 @@ class SelfE(Method):
             judged = self.judged(guess.detach(), s, cond, fresh)
             lam = (self._ratio(t) - self._ratio(s)).clamp(max=options.most).to(t)
             aim = renormed(x0 + column(lam, x0) * judged, x0)
-        error = squared_error(guess, aim)
-        if options.weight == "flow":
-            error = error / path.straight(t).clamp(min=options.floor).square().to(error)
-        return Loss.mean({"self_e": error})
+        return Loss.mean({"self_e": self._weighted(squared_error(guess, aim), t)})
+
+    def _critic_loss(self, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond, rng: Source) -> Loss:
+        """The critic denoises the student's guesses where they land."""
+        with torch.no_grad(), at_rest(self.student):
+            guess = self.student(x_t, t, s, cond, "x0")
+        x_s = self.student.path.corrupt(guess, s, normal(guess, rng))
+        return Loss.mean({"critic": self._weighted(squared_error(self.critic(x_s, s, cond, "x0", s), guess), s)})
+
+    def _weighted(self, error: Tensor, t: Tensor) -> Tensor:
+        if self.options.weight == "none":
+            return error
+        return error / self.student.path.straight(t).clamp(min=self.options.floor).square().to(error)
 
     @torch.no_grad()
     def judged(self, guess: Tensor, s: Tensor, cond: Cond, noise: Tensor) -> Tensor:
-        """The guess, moved by what the student says of its condition at level s."""
-        if cond is None:
+        """The guess, moved by what the student says of its condition at level s, and late by its own score."""
+        late = self.options.fake > 0 and self.step >= self._late
+        if cond is None and not late:
             return guess
         x_s = self.student.path.corrupt(guess, s, noise)
         with at_rest(self.student):
             given = self.student(x_s, s, s, cond, "x0")
-            free = self.student(x_s, s, s, self.student.denoiser.null(cond), "x0")
-        return guess - (free - given)
+            free = given if cond is None else self.student(x_s, s, s, self.student.denoiser.null(cond), "x0")
+        judged = guess - (free - given)
+        if late:
+            with at_rest(self.critic):
+                judged = judged - self.options.fake * (self.critic(x_s, s, cond, "x0", s) - free)
+        return judged
 
     def _ratio(self, t: Tensor) -> Tensor:
         coefs = self.student.path.coefs(t)
@@ -100,11 +149,11 @@ def renormed(x: Tensor, like: Tensor) -> Tensor:
 
 
 @contextmanager
-def at_rest(student: Student) -> Iterator[None]:
-    """Inside, the student drops nothing out."""
-    before = student.training
-    student.eval()
+def at_rest(player: nn.Module) -> Iterator[None]:
+    """Inside, the player drops nothing out."""
+    before = player.training
+    player.eval()
     try:
         yield
     finally:
-        student.train(before)
+        player.train(before)
