@@ -79,6 +79,7 @@ METHODS = {
     "meanflow": {"name": "meanflow", "options": {"derivative": "difference", "jumps": 0.3}},
     "self_e": {"name": "self_e", "options": {"steps": [1, 2]}},
     "symmflow": {"name": "symmflow"},
+    "scale": {"name": "scale"},
 }
 OWN = {
     "symmflow": {
@@ -219,10 +220,17 @@ def losses(run):
 
 
 def equal(folder):
-    """One process against two, replicated and sharded, for several methods."""
+    """One process against two, replicated and sharded, and against one that was stopped, for every method."""
 
     def one():
         return {name: fit(recipe_of(name), folder / f"one_{name}") for name in METHODS}
+
+    def stopped():
+        for name in METHODS:
+            fit(recipe_of(name), folder / f"stopped_{name}", stop=3)
+
+    def again():
+        return {name: fit(recipe_of(name), folder / f"stopped_{name}", resume=True) for name in METHODS}
 
     def two():
         found = {}
@@ -238,7 +246,15 @@ def equal(folder):
     (alone,) = Crew(1, one, folder / "crew1").results()
     (odd,) = Crew(1, uneven, folder / "crew3").results()
     first, second = Crew(2, two, folder / "crew2").results()
-    report = {}
+    Crew(1, stopped, folder / "crew4").results()
+    (resumed,) = Crew(1, again, folder / "crew5").results()
+    report = {
+        f"resumed_{name}": {
+            "same": all(torch.equal(v, alone[name][k]) for k, v in weights.items()),
+            "steps": sorted(losses(folder / f"stopped_{name}")),
+        }
+        for name, weights in resumed.items()
+    }
     for name, weights in first.items():
         method = name.split("_", 1)[1] if name != "uneven" else None
         mine = alone[method] if method else odd

@@ -91,12 +91,16 @@ class Lines(Denoiser):
         return self.path.convert(z @ self.matrix.T + self.offset, x, t[:, 0], "x0", want)
 
 
-def mlp(path=None, shape=(2,), *, width=32, depth=2, classes=None, reads_s=False, prediction="x0", seed=0, dtype=None):
+def mlp(
+    path=None, shape=(2,), *, width=32, depth=2, classes=None, reads_s=False, prediction="x0", seed=0, dtype=None,
+    beside=None,
+):  # fmt: skip
     """A small network as a denoiser, with weights of its own seed."""
     path = path or Straight()
     torch.manual_seed(seed)
     net = build({
-        "kind": "mlp", "shape": shape, "width": width, "depth": depth, "classes": classes, "reads_s": reads_s
+        "kind": "mlp", "shape": shape, "width": width, "depth": depth, "classes": classes, "reads_s": reads_s,
+        "beside": beside or {},
     })  # fmt: skip
     clock = "250 log_sigma" if path.kind == "exploding" else "t" if reads_s else "1000t"
     denoiser = Wrapped(net, path, prediction, clock, scale_input=path.kind == "exploding")

@@ -54,7 +54,7 @@ def test_a_summary_is_the_first_line_of_the_docstring():
     ("registry", "names"),
     [
         (METHODS, {"dmd2", "meanflow", "consistency", "regression"}),
-        (TASKS, {"digits", "mixture", "images", "prompts"}),
+        (TASKS, {"digits", "mixture", "images", "lowres", "prompts"}),
         (SOLVERS, {"euler", "heun", "dpm2m"}),
     ],
     ids=lambda value: getattr(value, "kind", ""),

@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fewstep.denoiser import Guided, Reframed, Wrapped
+from fewstep import jobs
+from fewstep.denoiser import Centred, Guided, Reframed, Wrapped
 from fewstep.errors import Failed, Refused
 from fewstep.interop import (
     check_student,
@@ -14,6 +15,7 @@ from fewstep.interop import (
     load_teacher,
     refuse_homeless,
     save_student,
+    save_teacher,
     weights_sha256,
 )
 from fewstep.interop.plain import karras_grid
@@ -462,3 +464,98 @@ def test_a_transformer_of_ours_exports_with_a_free_batch(tmp_path, here, net):
     check = save_student(Student(Wrapped(net, Straight(), "velocity", "1000t"), (1, 8, 8)), tmp_path / "s", method="t")
     assert check.ok
     assert load_student(tmp_path / "s").contract.program == "model.pt2"
+
+
+# -- conditions that stand beside the sample, or in the middle of its noise -------------------------
+
+
+def centred(classes=None, beside=None):
+    """As consistency distillation leaves it for speech: noise around the prior's mean, which the network reads too."""
+    torch.manual_seed(0)
+    config = MLPConfig(shape=(3,), width=16, depth=1, classes=classes, beside={"mean": 3} if beside is None else beside)
+    one = edm(MLP(config))
+    with torch.no_grad():
+        for value in one.parameters():
+            value.add_(0.05 * torch.randn_like(value))
+    return Student(Centred(one, "mean"), (3,), steps={1: (20.0,), 2: (20.0, 1.0)}, policy="renoise")
+
+
+@pytest.mark.parametrize("beside", [{"mean": 3}, {}], ids=["read as well", "noise alone"])
+def test_a_student_whose_noise_lies_around_its_condition_is_loaded_with_the_same_samples(tmp_path, here, beside):
+    student = centred(beside=beside)
+    check = save_student(student, tmp_path / "s", method="consistency")
+    assert check.ok and check.steps == (1, 2)
+    loaded = load_student(tmp_path / "s")
+    assert loaded.contract.centred == "mean" and loaded.contract.parts == {"mean": (3,)}
+    assert isinstance(loaded.student.denoiser, Centred)
+    noise, mean = torch.randn(5, 3), torch.randn(5, 3)
+    for count in (1, 2):
+        ours, theirs = (
+            s.generate(noise, {"mean": mean}, torch.Generator().manual_seed(1), count)
+            for s in (loaded.student, student)
+        )
+        torch.testing.assert_close(ours, theirs)
+    elsewhere = loaded.student.generate(noise, {"mean": mean + 1}, steps=1)
+    assert (elsewhere - loaded.student.generate(noise, {"mean": mean}, steps=1)).abs().max() > 0.1
+    around = loaded.contract.model_copy(update={"centred": None}).student(loaded.student.denoiser.inner.net)
+    plain = around.generate(noise, {"mean": mean}, steps=1)
+    assert (plain - loaded.student.generate(noise, {"mean": mean}, steps=1)).abs().max() > 0.05, "the broken twin"
+    program = torch.export.load(str(tmp_path / "s" / "model.pt2")).module()
+    torch.testing.assert_close(program(noise, {"mean": mean}), loaded.student.generate(noise, {"mean": mean}))
+    with pytest.raises(Refused, match="has no 'mean': it has no named parts"):
+        loaded.student.generate(noise)
+
+
+def test_no_stock_pipeline_is_said_to_draw_noise_around_a_condition(tmp_path, teachers, here):
+    student = Student(Centred(edm(unet(PLAIN)), "mean"), (1, 8, 8))
+    check = save_student(student, tmp_path / "s", method="consistency")
+    assert check.ok and any("plain diffusers cannot run it: its noise lies around" in line for line in check.messages)
+    loaded = load_student(tmp_path / "s")
+    assert loaded.contract.pipeline is None and loaded.contract.program == "model.pt2"
+    teacher = teachers["cm"]
+    recorded = Student(Centred(teacher.denoiser, "mean"), teacher.shape, start=3.0)
+    for refused in (
+        lambda: save_student(recorded, tmp_path / "r", teacher=teacher, method="consistency"),
+        lambda: refuse_homeless(recorded, teacher),
+    ):
+        with pytest.raises(Refused, match="noise lies around the condition's 'mean'") as caught:
+            refused()
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "r").exists()
+    kept = json.loads((tmp_path / "s" / "fewstep.json").read_text()) | {"pipeline": LABELLED}
+    with pytest.raises(Refused, match="draws noise around nothing, and centred says around 'mean'"):
+        type(loaded.contract).parse(kept)
+
+
+def test_a_teacher_whose_noise_lies_around_its_condition_is_loaded_as_it_was(tmp_path, here):
+    one = centred().denoiser
+    save_teacher(one, tmp_path / "t", shape=(3,), name="speech", method="denoising")
+    loaded = load_teacher(tmp_path / "t")
+    x, cond = torch.randn(4, 3), {"mean": torch.randn(4, 3)}
+    torch.testing.assert_close(loaded.denoiser(x, 2.0, cond), one(x, 2.0, cond))
+
+
+def test_a_network_that_reads_a_picture_beside_the_sample_ships_with_what_it_reads(tmp_path, here):
+    config = MLPConfig(shape=(1, 4, 4), width=16, depth=1, classes=3, beside={"low": 2})
+    torch.manual_seed(0)
+    student = Student(Wrapped(MLP(config), Straight(), "x0", "1000t"), (1, 4, 4))
+    assert save_student(student, tmp_path / "s", method="scale").ok
+    loaded = load_student(tmp_path / "s")
+    assert loaded.contract.parts == {"low": (2, 4, 4)} and loaded.contract.program == "model.pt2"
+    text = (tmp_path / "s" / "README.md").read_text()
+    assert '{"label": torch.zeros(4, dtype=torch.long), "low": torch.zeros(4, 2, 4, 4)})' in text
+    program = torch.export.load(str(tmp_path / "s" / "model.pt2")).module()
+    for count in (1, 6):
+        noise, cond = (
+            torch.randn(count, 1, 4, 4),
+            {"label": torch.arange(count) % 3, "low": torch.randn(count, 2, 4, 4)},
+        )
+        torch.testing.assert_close(program(noise, cond), loaded.student.generate(noise, cond))
+    with pytest.raises(Refused, match="wants low as its condition"):
+        jobs.sample(tmp_path / "s", 2, out=tmp_path / "out")
+
+
+def test_a_unet_that_reads_a_picture_says_why_plain_diffusers_cannot_run_it(tmp_path, here):
+    one = Wrapped(unet(PLAIN.model_copy(update={"beside": {"low": 1}})), Straight(), "velocity", "1000t")
+    check = save_student(Student(one, (1, 8, 8)), tmp_path / "s", method="scale")
+    assert check.ok and any("no stock pipeline of pixels gives its U-Net a picture" in line for line in check.messages)

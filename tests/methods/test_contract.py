@@ -1,5 +1,7 @@
 """What holds for every method there is."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from games import batch_of, mlp
@@ -40,6 +42,7 @@ SETTINGS = {
         {"derivative": "difference", "step": 1e-2},
         {"still": 2, "dispersive": {"weight": 0.1}, "steps": (1, 4)},
     ],
+    "scale": [{"better": "x2", "weight": "edm", "steps": (1, 2)}],
     "uni_instruct": [{"divergence": "jensen_shannon", "ratio_gradient": "paper"}, {"ratio_gradient": "weight"}],
 }
 CASES = [(entry, options) for entry in METHODS for options in ({}, *SETTINGS.get(entry.name, []))]
@@ -51,9 +54,10 @@ every_method = pytest.mark.parametrize("entry", list(METHODS), ids=lambda e: e.n
 
 def made(entry, options, seed=0):
     """The method with a small network as its teacher, on the straight path, with three labels."""
-    teacher = mlp(classes=3, seed=seed)
+    beside = {"low": 2} if entry.name == "scale" else {}
+    teacher = mlp(classes=3, seed=seed, beside=beside)
     reads_s = entry.thing.flow_map
-    net = mlp(classes=3, reads_s=reads_s, prediction="flow" if reads_s else "x0", seed=seed + 1)
+    net = mlp(classes=3, reads_s=reads_s, prediction="flow" if reads_s else "x0", seed=seed + 1, beside=beside)
     given = entry.thing.Options(**options)
     if edges := entry.thing.handovers(given, net.path):
         net = divided(net, edges)
@@ -71,8 +75,12 @@ def nudge(module):
                 parameter.add_(0.1)
 
 
-def batch(count=8, seed=0):
-    return batch_of(count, seed=seed, classes=3, pairs=True)
+def batch(entry, count=8):
+    found = batch_of(count, classes=3, pairs=True)
+    if entry.name != "scale":
+        return found
+    low, better = torch.randn(2, count, 2, generator=torch.Generator().manual_seed(3))
+    return replace(found, cond={"label": found.cond, "low": low, "x2": better})
 
 
 @every_method
@@ -114,7 +122,7 @@ def test_every_players_loss_is_one_finite_number_with_a_gradient(entry, options)
             method = made(entry, options)
             if player == "student" and hasattr(method, "critic"):
                 nudge(method.critic)
-            loss = method.loss(player, batch(count), Rng(0))
+            loss = method.loss(player, batch(entry, count), Rng(0))
             assert isinstance(loss, Loss)
             assert loss.total.ndim == 0
             assert loss.total.isfinite()
@@ -132,18 +140,18 @@ def test_the_same_seed_gives_the_same_loss_and_another_one_another(entry, option
         nudge(getattr(method, player))
     for player in method.players:
         torch.manual_seed(1)
-        first = method.loss(player, batch(), Rng(5)).total
+        first = method.loss(player, batch(entry), Rng(5)).total
         torch.manual_seed(2)  # the global generator has no say
-        assert torch.equal(method.loss(player, batch(), Rng(5)).total, first)
+        assert torch.equal(method.loss(player, batch(entry), Rng(5)).total, first)
         if entry.name not in ("regression", "progressive") or options:  # which draw nothing
-            assert not torch.equal(method.loss(player, batch(), Rng(6)).total, first)
+            assert not torch.equal(method.loss(player, batch(entry), Rng(6)).total, first)
 
 
 @every_case
 def test_a_plain_generator_serves_as_well_as_ours(entry, options):
     method = made(entry, options)
     for player in method.players:
-        assert method.loss(player, batch(), torch.Generator().manual_seed(0)).total.isfinite()
+        assert method.loss(player, batch(entry), torch.Generator().manual_seed(0)).total.isfinite()
 
 
 @every_case
@@ -154,7 +162,7 @@ def test_it_is_saved_and_loaded_with_all_that_it_has_learned(entry, options):
             p.add_(0.01)
     other.load_state_dict(one.state_dict())
     for player in one.players:
-        assert torch.equal(one.loss(player, batch(), Rng(0)).total, other.loss(player, batch(), Rng(0)).total)
+        assert torch.equal(one.loss(player, batch(entry), Rng(0)).total, other.loss(player, batch(entry), Rng(0)).total)
 
 
 @every_case
@@ -164,7 +172,7 @@ def test_a_teacher_stays_in_evaluation_mode_and_unchanged(entry, options):
     assert not any(m.training for m in method.teacher.modules())
     before = {k: v.clone() for k, v in method.teacher.state_dict().items()}
     for player in method.players:
-        method.loss(player, batch(), Rng(0)).total.backward()
+        method.loss(player, batch(entry), Rng(0)).total.backward()
     method.settle(0)
     assert all(torch.equal(v, before[k]) for k, v in method.teacher.state_dict().items())
     assert all(p.grad is None for p in method.teacher.parameters())

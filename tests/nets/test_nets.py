@@ -2,6 +2,7 @@ import pytest
 import torch
 from laws import seeded
 
+from fewstep.errors import Refused
 from fewstep.nets import build, config_of, inherited, parameters_of, resized
 from fewstep.nets.base import sinusoids
 
@@ -215,3 +216,42 @@ def test_what_a_smaller_network_inherits_is_a_start():
             name: (net(x, time) - wanted).square().mean().item() for name, net in (("heir", heir), ("fresh", fresh))
         }
     assert errors["heir"] < 0.8 * errors["fresh"], errors
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"kind": "mlp", "width": 16, "depth": 1},
+        {"kind": "unet", "widths": (8, 16)},
+        {"kind": "unet", "widths": (8,), "attention": (False,), "patch": 2, "groups": 4},
+        {"kind": "dit", "width": 32, "depth": 1},
+    ],
+    ids=lambda kind: kind["kind"],
+)
+def test_a_network_reads_parts_of_the_condition_beside_the_sample(kind):
+    torch.manual_seed(0)
+    net = build({"shape": (1, 4, 4), "classes": 3, "beside": {"low": 1, "mask": 2}, **kind})
+    for value in net.parameters():  # some begin at zero
+        torch.nn.init.normal_(value, std=0.2)
+    x, time = torch.randn(2, 1, 4, 4), torch.tensor([10.0, 500.0])
+    cond = {"low": torch.randn(2, 1, 4, 4), "mask": torch.randn(2, 2, 4, 4), "label": torch.tensor([0, 2])}
+    answer = net(x, time, cond)
+    assert answer.shape == x.shape
+    for name, value in cond.items():
+        other = {**cond, name: value.roll(1, 0)}
+        assert not torch.allclose(net(x, time, other), answer), name
+    assert torch.equal(net(x, time, {**cond, "text": torch.zeros(2, 5)}), answer), "other parts are for others"
+    nothing = {k: torch.zeros_like(v) for k, v in cond.items()} | {"label": torch.tensor([3, 3])}
+    assert torch.allclose(net(x, time, None), net(x, time, nothing), atol=1e-6)
+    null = net.null(cond)
+    assert null["label"].tolist() == [3, 3] and null["low"] is cond["low"]
+    with pytest.raises(Refused, match="the condition has no 'mask': its parts are label, low"):
+        net(x, time, {k: cond[k] for k in ("low", "label")})
+    with pytest.raises(ValueError, match=r"reads 'low' as \[1, 4, 4\], got \[1, 2, 2\]"):
+        net(x, time, {**cond, "low": torch.zeros(2, 1, 2, 2)})
+    with pytest.raises(ValueError, match="conditioned on labels"):
+        net(x, time, {k: cond[k] for k in ("low", "mask")})
+    assert build(net.config.model_dump(mode="json")).load_state_dict(net.state_dict())
+    if kind["kind"] == "unet" and "patch" not in kind:
+        with pytest.raises(ValueError, match="no stock pipeline"):
+            net.config.to_diffusers()

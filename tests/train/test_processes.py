@@ -29,6 +29,12 @@ def test_two_processes_have_the_losses_and_the_weights_of_one(crews, method, how
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_a_stopped_run_goes_on_to_the_very_weights_of_one_that_was_left_alone(crews, method):
+    assert crews["equal"][f"resumed_{method}"] == {"same": True, "steps": [1, 2, 3, 4, 5, 6]}
+
+
+@pytest.mark.slow
 def test_a_batch_that_does_not_split_evenly_gives_the_same_losses(crews):
     assert crews["equal"]["uneven"]["loss"] < 1e-5 and crews["equal"]["uneven"]["weights"] < 1e-6
 

@@ -85,7 +85,12 @@ def _use(contract: Contract) -> list[str]:
         if contract.program != "model.pt2":
             load = ["from fewstep.interop import load_student", "", 'student = load_student(".").student']
             return ["```python", *load, "```"]
-        condition = "" if contract.classes is None else ", torch.zeros(4, dtype=torch.long)"
+        condition = "" if contract.classes is None else "torch.zeros(4, dtype=torch.long)"
+        if contract.parts:
+            named = {k: f"torch.zeros(4, {', '.join(map(str, v))})" for k, v in contract.parts.items()}
+            named |= {"label": condition} if condition else {}
+            condition = "{" + ", ".join(f'"{name}": {value}' for name, value in sorted(named.items())) + "}"
+        condition = condition and f", {condition}"
         shape = ", ".join(map(str, contract.shape))
         return [
             "```python",

@@ -74,15 +74,15 @@ class Golden:
 
 
 @torch.no_grad()
-def drawn_golden(student: Student, labels: Tensor | None, seed: int) -> Golden:
+def drawn_golden(student: Student, cond: Cond, seed: int) -> Golden:
     """The same draws as a stock pipeline makes from a CPU generator with this seed."""
     outputs: dict[int, Tensor] = {}
     noise = torch.zeros(0)
     for count in sorted(student.steps):
         rng = torch.Generator().manual_seed(seed)
         noise = torch.randn((COUNT, *student.shape), generator=rng)
-        outputs[count] = student.generate(noise, labels, rng, count).contiguous()
-    return _finite(Golden(noise, outputs, labels, seed))
+        outputs[count] = student.generate(noise, cond, rng, count).contiguous()
+    return _finite(Golden(noise, outputs, cond, seed))
 
 
 @torch.no_grad()

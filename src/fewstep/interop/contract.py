@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from torch import Tensor, nn
 
 from ..cond import Cond
-from ..denoiser import PRECONDITIONED, Clock, Wrapped
+from ..denoiser import PRECONDITIONED, Centred, Clock, Denoiser, Wrapped
 from ..errors import Refused
 from ..joint import Joint
 from ..part import Part
@@ -93,6 +93,7 @@ class Contract(Part):
     prediction: Literal["x0", "eps", "v", "velocity", "flow", "score", "edm", "edm_v", "cm"]
     path: AnyPath
     clock: Clock
+    centred: Line | None = Field(None, description="the part of the condition that the noise lies around")
     preconditioning: Preconditioning = Preconditioning()
     steps: tuple[Steps, ...] = Field((), max_length=64)
     start: float = Field(gt=0, allow_inf_nan=False, description="time of the first step")
@@ -129,6 +130,8 @@ class Contract(Part):
             raise ValueError(f"prediction {self.prediction!r} needs the exploding path, got {path.kind!r}")
         if not path.t_min < self.start <= path.t_max * (1 + 1e-6):
             raise ValueError(f"start must lie in ({path.t_min:g}, {path.t_max:g}], got {self.start:g}")
+        if self.centred is not None and self.pipeline is not None:
+            raise ValueError(f"{self.pipeline} draws noise around nothing, and centred says around {self.centred!r}")
         if self.role == "student" and not self.steps:
             raise ValueError("a student needs at least one step count in steps")
         counts = [s.count for s in self.steps]
@@ -199,8 +202,18 @@ class Contract(Part):
         known = ", ".join(str(s.count) for s in self.steps)
         raise Refused(f"this {self.role} was trained for {known or 'no few'} step(s), got {count}: pass one of those")
 
-    def denoiser(self, net: nn.Module) -> Wrapped:
+    @property
+    def parts(self) -> dict[str, tuple[int, ...]]:
+        """Parts of the condition beside a label, by name: the shape of one row."""
+        return parts_of(self.network, self.shape, self.centred)
+
+    def denoiser(self, net: nn.Module) -> Denoiser:
         """The network as the denoiser that the contract describes."""
+        one = self.wrapped(net)
+        return one if self.centred is None else Centred(one, self.centred)
+
+    def wrapped(self, net: nn.Module) -> Wrapped:
+        """The network with what stands directly around it."""
         around = self.preconditioning
         return Wrapped(
             net,
@@ -229,6 +242,21 @@ class Contract(Part):
     def null(self, cond: Cond) -> Cond:
         """ "No condition" for every row of a condition of labels."""
         return null_labels(self.null_label, cond)
+
+
+def parts_of(
+    network: dict[str, Any] | None, shape: tuple[int, ...], centred: str | None = None
+) -> dict[str, tuple[int, ...]]:
+    """What a network reads beside the sample, and what its noise lies around, by name: the shape of one row.
+
+    >>> parts_of({"kind": "unet", "beside": {"low": 1}}, (3, 8, 8), "mean")
+    {'low': (1, 8, 8), 'mean': (3, 8, 8)}
+    """
+    described = network or {}
+    inner = described.get("net")  # of several networks, each reads the same
+    beside = (inner if isinstance(inner, dict) else described).get("beside")
+    found = {str(k): (int(v), *shape[1:]) for k, v in beside.items()} if isinstance(beside, dict) else {}
+    return found if centred is None else {**found, centred: found.get(centred, tuple(shape))}
 
 
 def null_labels(label: int | None, cond: Cond) -> Cond:

@@ -69,12 +69,14 @@ def run_pipeline(pipe: Any, facts: dict[str, Any], tensors: dict[str, Any], coun
     return seen[-1][:count]
 
 
-def run_program(folder: str, noise: Any, labels: Any) -> Any:
-    """What the exported program answers."""
+def run_program(folder: str, tensors: dict[str, Any]) -> Any:
+    """What the exported program answers: to noise alone, with labels, or with a dictionary of conditions."""
     import torch
 
     program = torch.export.load(os.path.join(folder, "model.pt2")).module()
-    return program(noise) if labels is None else program(noise, labels)
+    parts = {name[5:]: value for name, value in sorted(tensors.items()) if name.startswith("cond.")}
+    conditions = [parts] if parts else [tensors["labels"]] if "labels" in tensors else []
+    return program(tensors["noise"], *conditions)
 
 
 def compare(folder: str) -> dict[str, float]:
@@ -90,7 +92,7 @@ def compare(folder: str) -> dict[str, float]:
     for steps, call in facts["calls"].items():
         wanted = tensors[f"output_{steps}"]
         if pipe is None:
-            got = run_program(folder, tensors["noise"], tensors.get("labels"))
+            got = run_program(folder, tensors)
         elif call is None:
             continue
         else:

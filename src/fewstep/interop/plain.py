@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..denoiser import PRECONDITIONED, Wrapped, clock_of
+from ..denoiser import PRECONDITIONED, Centred, Wrapped, clock_of
 from ..errors import Refused
 from ..nets import UNet
 from ..path import Exploding, Path, Straight, Tabulated, VariancePreserving
@@ -68,14 +68,26 @@ class Setting:
 
 
 def wrapped(student: Student) -> Wrapped:
-    """The student's wrapped network; Refused where something stands around it."""
-    if not isinstance(student.denoiser, Wrapped):
-        raise Refused(f"only a wrapped network can be saved, this student holds {type(student.denoiser).__name__}")
-    return student.denoiser
+    """The student's wrapped network; Refused where something else than ``Centred`` stands around it."""
+    around: Any = student.denoiser
+    one = around.inner if isinstance(around, Centred) else around
+    if not isinstance(one, Wrapped):
+        raise Refused(f"only a wrapped network can be saved, this student holds {type(one).__name__}")
+    return one
+
+
+def stock_noise(student: Student) -> None:
+    """Refused for a student whose noise lies around a part of its condition."""
+    if isinstance(student.denoiser, Centred):
+        raise Refused(
+            f"its noise lies around the condition's {student.denoiser.key!r}, which no stock sampler knows of: "
+            "load it with fewstep, or run its model.pt2"
+        )
 
 
 def plan(student: Student, setting: Setting) -> Plain:
     """The stock pair that runs this student; Refused, with every reason, where there is none."""
+    stock_noise(student)
     reasons = []
     for way in (_consistency, _table, _flow, _edm, _folded):
         try:

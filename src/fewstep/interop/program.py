@@ -24,7 +24,7 @@ from ..denoiser import Wrapped
 from ..errors import Refused
 from ..rng import Rng
 from ..student import Student
-from .plain import inner_network, wrapped
+from .plain import inner_network, stock_noise, wrapped
 
 SMALL = 1e-14  # of the largest weight: what cancelled
 
@@ -80,6 +80,7 @@ def table_of(student: Student, steps: int) -> Table:
     >>> [round(w, 6) for w in table_of(Student(one, (2,)), 1).sample]
     [0.5, 0.707107]
     """
+    stock_noise(student)
     one = wrapped(student)
     try:
         count = len(student.times(steps))

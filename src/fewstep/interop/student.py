@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import __version__
 from ..adapters import adapters, fold
 from ..cond import Cond
-from ..denoiser import Denoiser, Wrapped
+from ..denoiser import Centred, Denoiser, Wrapped
 from ..errors import Failed, Refused
 from ..joint import Joint
 from ..student import Student
@@ -36,7 +36,7 @@ from .checking import (
     run_golden,
     write_golden,
 )
-from .contract import Contract, Guidance, Origin, Preconditioning, Steps
+from .contract import Contract, Guidance, Origin, Preconditioning, Steps, parts_of
 from .files import check_finite, sha256, weight_files, written_whole
 from .image import MARKER, png, tile
 from .lora import FILES, FOLDER, Lora, lora_of, write_lora
@@ -247,7 +247,10 @@ def _write(
         student = plain.student
     one = wrapped(student)
     net = inner_network(one.net)
-    labels = _labels(facts["classes"])
+    centred = student.denoiser.key if isinstance(student.denoiser, Centred) else None
+    config: Any = net.config
+    described = config.model_dump(mode="json") if ours(net) else None
+    cond = _example(facts["classes"], parts_of(described, student.shape, centred), seed)
     recorded = teacher is not None and teacher.recording is not None and not ours(net)
     with written_whole(folder, overwrite) as partial:
         exported: str | None = None
@@ -258,7 +261,7 @@ def _write(
             pipe = stock_pipeline(net, plain, teacher)
             write_stock(partial, pipe, teacher)
             if teacher.recording.labels or teacher.recording.cond is None:
-                golden = drawn_golden(student, labels, seed)
+                golden = drawn_golden(student, cond, seed)
             else:
                 call = next(call for call in calls.values() if call is not None)
                 golden = run_golden(student, pipe, teacher.recording, call, seed)
@@ -267,17 +270,17 @@ def _write(
                 write_unet(partial, net, plain)
             else:
                 write_own(partial, net)
-                exported = write_program(partial, student, labels) if program and 1 in student.steps else "not exported"
+                exported = write_program(partial, student, cond) if program and 1 in student.steps else "not exported"
                 runs = {1: None} if exported == PROGRAM else {}
-            golden = drawn_golden(student, labels, seed)
+            golden = drawn_golden(student, cond, seed)
         write_golden(partial, golden, runs, plain.pipeline if plain else None)
-        config: Any = net.config
         contract = Contract(
             fewstep=__version__,
             role=role,
             prediction=one.prediction,
             path=one.path,
             clock=one.clock,
+            centred=centred,
             preconditioning=Preconditioning(scale_input=one.scale_input, data_std=one.data_std, boundary=one.boundary),
             steps=tuple(_step(student, n, calls.get(n)) for n in sorted(student.steps)) if role == "student" else (),
             start=student.start,
@@ -285,7 +288,7 @@ def _write(
             shape=student.shape,
             pipeline=plain.pipeline if plain else None,
             prompts=bool(golden.prompts),
-            network=config.model_dump(mode="json") if ours(net) else None,
+            network=described,
             program=exported,
             **facts,
         )
@@ -352,8 +355,16 @@ def _planned(student: Student, classes: int | None, teacher: Teacher | None, fol
         return None, str(error)
 
 
-def _labels(classes: int | None) -> Tensor | None:
-    return None if classes is None else torch.arange(COUNT) % classes
+def _example(classes: int | None, parts: Mapping[str, tuple[int, ...]], seed: int) -> Cond:
+    """A condition for the golden sample: labels in turn, and noise for whatever else the model reads."""
+    labels = None if classes is None else torch.arange(COUNT) % classes
+    if not parts:
+        return labels
+    rng = torch.Generator().manual_seed(seed + 1)
+    found = {name: torch.randn((COUNT, *shape), generator=rng) for name, shape in sorted(parts.items())}
+    if labels is not None:
+        found["label"] = labels
+    return {name: found[name] for name in sorted(found)}  # an exported program keeps to this order
 
 
 def _step(student: Student, count: int, call: dict[str, Any] | None) -> Steps:

@@ -336,7 +336,7 @@ def described(recording: Recording, contract: Contract | None) -> tuple[Wrapped,
     if contract is not None:
         if contract.shape != recording.shape:
             raise Refused(f"fewstep.json says shape {list(contract.shape)}, the pipeline has {list(recording.shape)}")
-        return contract.denoiser(net), contract.classes, contract.null_label
+        return contract.wrapped(net), contract.classes, contract.null_label
     classes = null_label = None
     if recording.labels:
         config = getattr(recording.network, "config", {})

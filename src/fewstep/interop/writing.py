@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..cond import Cond, rows
 from ..part import Part
 from ..student import Student
 from .contract import Contract, Steps
@@ -160,30 +161,28 @@ def stamp(folder: File, contract: Contract) -> None:
 
 
 class _OneStep(nn.Module):
-    """Noise in, sample out: what the exported program is."""
+    """Noise in, sample out: what the exported program is. The condition is labels, or a dictionary of its parts."""
 
     def __init__(self, student: Student) -> None:
         super().__init__()
         self.student = student
 
-    def forward(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        return self.student.generate(noise, labels)
+    def forward(self, noise: Tensor, cond: Cond = None) -> Tensor:
+        return self.student.generate(noise, cond)
 
 
-def write_program(folder: File, student: Student, labels: Tensor | None) -> str:
+def write_program(folder: File, student: Student, cond: Cond) -> str:
     """Write the one-step program with a free batch; the name of the file, or why there is none."""
     from torch.export import Dim, export, save
 
     batch = Dim("batch")
     noise = torch.zeros((3, *student.shape))
-    arguments = (noise,) if labels is None else (noise, labels[:3])
-    shapes = {"noise": {0: batch}, "labels": None if labels is None else {0: batch}}
+    arguments = (noise,) if cond is None else (noise, rows(cond, slice(3)))
+    free: Any = {name: {0: batch} for name in cond} if isinstance(cond, dict) else {0: batch}
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = export(
-                _OneStep(student), arguments, dynamic_shapes=shapes if labels is not None else ({0: batch},)
-            )
+            program = export(_OneStep(student), arguments, dynamic_shapes=({0: batch}, free)[: len(arguments)])
             save(program, str(folder / PROGRAM))
     except Exception as error:  # what cannot be traced is still a student
         (folder / PROGRAM).unlink(missing_ok=True)

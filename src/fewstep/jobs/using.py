@@ -54,6 +54,12 @@ def sample(
     folder = _model(File(model))
     known = (folder / "fewstep.json").is_file()
     role = Contract.load(folder).role if known else "teacher"
+    parts = Contract.load(folder).parts if known else {}
+    if parts:
+        raise Refused(
+            f"{model} wants {', '.join(sorted(parts))} as its condition, which this command has not: call "
+            "student.generate(noise, cond) in Python"
+        )
     draw: Any
     if role == "student":
         if planned is not None:

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ..cond import Cond
-from .base import Net, NetConfig, TimeEmbedding, labels_of, sinusoids
+from .base import Beside, Net, NetConfig, TimeEmbedding, labels_of, sinusoids, with_beside
 
 
 class DiTConfig(NetConfig):
@@ -24,6 +24,7 @@ class DiTConfig(NetConfig):
     heads: int = Field(4, ge=1)
     classes: int | None = None
     reads_s: bool = False
+    beside: Beside = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _fits(self) -> DiTConfig:
@@ -79,7 +80,7 @@ class DiT(Net):
         channels, height, wide = config.shape
         width, size = config.width, channels * config.patch**2
         self.rows, self.columns = height // config.patch, wide // config.patch
-        self.stem = nn.Linear(size, width)
+        self.stem = nn.Linear(size + sum(config.beside.values()) * config.patch**2, width)
         self.time_embedding = TimeEmbedding(64, width)
         if config.classes is not None:
             self.class_embedding = nn.Embedding(config.classes + 1, width)
@@ -102,7 +103,8 @@ class DiT(Net):
         if self.reads_s and span is not None:
             embedded = embedded + self.span_embedding(span)
         active, patch = F.silu(embedded), self.config.patch
-        tokens = self.stem(F.pixel_unshuffle(x, patch).flatten(2).transpose(1, 2)) + self.positions
+        entry = F.pixel_unshuffle(with_beside(x, cond, self.config.beside), patch)
+        tokens = self.stem(entry.flatten(2).transpose(1, 2)) + self.positions
         for block in self.blocks:
             tokens = block(tokens, active)
         shift, scale = self.modulate(active).unsqueeze(1).chunk(2, 2)

@@ -33,6 +33,10 @@ class ExpertsConfig(NetConfig):
     def classes(self) -> int | None:
         return self.net.classes
 
+    @property
+    def beside(self) -> dict[str, int]:
+        return self.net.beside
+
     def to_diffusers(self) -> dict[str, Any]:
         raise ValueError(f"a stock pipeline holds one network, this model {len(self.edges) + 1}")
 

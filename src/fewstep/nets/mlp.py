@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..cond import Cond
-from .base import Net, NetConfig, TimeEmbedding, labels_of
+from .base import Beside, Net, NetConfig, TimeEmbedding, labels_of, with_beside
 
 
 class MLPConfig(NetConfig):
@@ -22,6 +22,7 @@ class MLPConfig(NetConfig):
     depth: int = Field(3, ge=1, le=1000)
     classes: int | None = None
     reads_s: bool = False
+    beside: Beside = Field(default_factory=dict)
 
     def widest(self) -> tuple[int, int]:
         return self.width, 2
@@ -51,7 +52,8 @@ class MLP(Net):
         self.config: MLPConfig = config  # type: ignore[assignment]
         self.reads_s = config.reads_s
         size, width = math.prod(config.shape), config.width
-        self.stem = nn.Linear(size, width)
+        more = sum(config.beside.values()) * math.prod(config.shape[1:])
+        self.stem = nn.Linear(size + more, width)
         self.time_embedding = TimeEmbedding(min(64, 2 * (width // 2)), width)
         if config.classes is not None:
             self.class_embedding = nn.Embedding(config.classes + 1, width)
@@ -67,7 +69,7 @@ class MLP(Net):
         if self.reads_s and span is not None:
             embedded = embedded + self.span_embedding(span)
         embedded = torch.nn.functional.silu(embedded)
-        hidden = self.stem(x.flatten(1))
+        hidden = self.stem(with_beside(x, cond, self.config.beside).flatten(1))
         for block in self.blocks:
             hidden = block(hidden, embedded)
         return self.out(self.norm(hidden)).view_as(x)

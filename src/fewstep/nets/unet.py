@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ..cond import Cond
-from .base import Net, NetConfig, TimeEmbedding, labels_of, sinusoids
+from .base import Beside, Net, NetConfig, TimeEmbedding, labels_of, sinusoids, with_beside
 
 
 class UNetConfig(NetConfig):
@@ -33,6 +33,7 @@ class UNetConfig(NetConfig):
     dropout: float = Field(0.0, ge=0, lt=1)
     patch: int = Field(1, ge=1)
     reads_s: bool = Field(False, description="also reads the length of the jump: a flow map")
+    beside: Beside = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _fits(self) -> UNetConfig:
@@ -73,6 +74,10 @@ class UNetConfig(NetConfig):
         """The same network as arguments of ``UNet2DModel``; ValueError where it has no such form."""
         if self.patch != 1 or self.reads_s:
             raise ValueError("only a U-Net with patch = 1 that reads no span is a UNet2DModel")
+        if self.beside:
+            raise ValueError(
+                f"no stock pipeline of pixels gives its U-Net a picture beside them ({', '.join(self.beside)})"
+            )
         return {
             "sample_size": self.shape[1] if self.shape[1] == self.shape[2] else list(self.shape[1:]),
             "in_channels": self.shape[0],
@@ -215,7 +220,7 @@ class UNet(Net):
         self.reads_s = config.reads_s
         widths, embedding = config.widths, 4 * config.widths[0]
         channels = config.shape[0] * config.patch**2
-        self.conv_in = nn.Conv2d(channels, widths[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(channels + sum(config.beside.values()) * config.patch**2, widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(widths[0], embedding)
         if config.classes is not None:
             self.class_embedding = nn.Embedding(config.classes + 1, embedding)
@@ -253,6 +258,7 @@ class UNet(Net):
             embedded = embedded + self.span_embedding(span)
         active = F.silu(embedded)
         patch = self.config.patch
+        x = with_beside(x, cond, self.config.beside)
         x = self.conv_in(F.pixel_unshuffle(x, patch) if patch > 1 else x)
         skips = [x]
         for level in self.down_blocks:
