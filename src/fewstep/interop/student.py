@@ -216,7 +216,8 @@ def _prepared(student: Student) -> Student:
     own = wrapped(twin)
     if getattr(own.net, "reads_s", False) and set(student.steps) == {1} and hasattr(own.net, "fold"):
         network: Any = own.net
-        own.net = network.fold(student.start - student.path.t_min).eval().requires_grad_(False)
+        span = student.path.straight(student.start) - student.path.straight(student.path.t_min)
+        own.net = network.fold(float(span)).eval().requires_grad_(False)
     return twin
 
 
