@@ -21,10 +21,12 @@ from pathlib import Path
 import torch
 
 from fewstep import jobs
-from fewstep.interop import load_student
+from fewstep.jobs.training import _learn
 from fewstep.rng import Rng
+from fewstep.student import Student
 from fewstep.tasks import task_named
 from fewstep.train.recipe import Recipe, load_recipe
+from fewstep.train.trainer import Nobody
 
 WAYS = {
     "scale": ["method.options.reads=x2"],
@@ -48,10 +50,9 @@ def recipe_of(way: str, steps: int, seed: int, held: int, changes: list[str]) ->
     )
 
 
-def psnr(folder: Path, recipe: Recipe) -> float:
+def psnr(student: Student, recipe: Recipe) -> float:
     """Of one call, over all pictures that are measured against."""
     test = task_named(recipe.task.name, recipe.task.options).test
-    student = load_student(folder / "student").student
     noise = Rng(0, "benchmark").normal(tuple(test.data.shape))
     with torch.no_grad():
         made = student.generate(noise, test.cond).clamp(-1, 1)
@@ -82,8 +83,9 @@ def main() -> None:
             for way in WAYS:
                 recipe = recipe_of(way, given.steps, seed, held, given.set)
                 place = out / f"{way.replace(', ', '_').replace(' ', '_')}_{seed}"
-                jobs.train(recipe, place)
-                table[way].append(psnr(place, recipe))
+                setting = jobs.prepare(recipe, place, "cpu", Nobody())
+                student, _ = _learn(recipe, place, setting, False, "cpu", Nobody(), "train")
+                table[way].append(psnr(student, recipe))
                 spreads[way].append(spread(place, given.steps))
                 print(f"seed {seed} {way}: {table[way][-1]:.3f} dB, loss {spreads[way][-1]:.4f}", flush=True)
     print("\n| way | PSNR | gain | spread |\n|---|---|---|---|")

@@ -1,6 +1,7 @@
 import json
 import shutil
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,8 @@ from fewstep.nets import MLP, DiT, DiTConfig, MLPConfig, UNet, UNetConfig
 from fewstep.path import Exploding, Straight, VariancePreserving
 from fewstep.registry import METHODS
 from fewstep.student import Student
+from fewstep.train.build import make_student
+from fewstep.train.recipe import recipe_from
 
 UNET = UNetConfig(shape=(1, 8, 8), widths=(8, 16), groups=4, classes=3)
 LABELLED = "ConsistencyModelPipeline"
@@ -127,6 +130,68 @@ def test_a_student_of_every_row_of_distribution_matching_runs_in_plain_diffusers
     loaded = load_student(tmp_path / "s")
     assert loaded.contract.method == entry.name
     assert loaded.contract.teacher.sha256 == teacher.sha256
+
+
+ONE_STEP = {
+    "consistency": {}, "consistency_trajectory": {}, "meanflow": {}, "oftsr": {}, "progressive": {}, "reflow": {},
+    "regression": {}, "scale": {}, "self_e": {"steps": [1]},
+}  # fmt: skip
+SEVERAL = {  # with what a recipe says of the student
+    "consistency": ({}, {"steps": [1, 2], "policy": "renoise"}), "consistency_trajectory": ({}, {"steps": [1, 2]}),
+    "meanflow": ({"steps": [1, 2]}, {}), "progressive": ({"steps": 2, "finest": 4}, {}),
+    "reflow": ({"steps": [1, 2]}, {}), "scale": ({"steps": [1, 2]}, {}), "self_e": ({"steps": [1, 2]}, {}),
+}  # fmt: skip
+
+
+def student_made_by(method, options, student=None):
+    """As a run makes it, from a teacher of ours: a copy that reads the jump, or stands on another path, if need be."""
+    recipe = recipe_from(
+        {
+            "steps": 4,
+            "task": {"name": "digits"},
+            "method": {"name": method, "options": options},
+            "student": student or {},
+        }
+    )
+    task = SimpleNamespace(shape=(1, 8, 8), classes=3, data_std=0.75)
+    student = make_student(recipe, task, edm(unet()), task.shape).eval()
+    rng = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for value in student.parameters():
+            value.add_(0.02 * torch.randn(value.shape, generator=rng))
+    return student
+
+
+@pytest.mark.parametrize(("method", "options"), ONE_STEP.items(), ids=ONE_STEP)
+def test_a_one_step_student_of_every_row_of_trajectories_runs_in_plain_diffusers(tmp_path, here, method, options):
+    student = student_made_by(method, options)
+    check = save_student(student, tmp_path / "s", method=method)
+    assert check.ok and check.max_error <= 1e-4 and 1 in check.steps
+    loaded = load_student(tmp_path / "s")
+    assert loaded.contract.pipeline == LABELLED and loaded.contract.step(1).call is not None
+    noise, labels = torch.randn(4, 1, 8, 8), torch.arange(4) % 3
+    torch.testing.assert_close(
+        loaded.student.generate(noise, labels, steps=1), student.generate(noise, labels, steps=1), atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize(("method", "said"), SEVERAL.items(), ids=SEVERAL)
+def test_a_few_step_student_of_every_row_of_trajectories_is_loaded_with_the_same_samples(tmp_path, here, method, said):
+    student = student_made_by(method, *said)
+    assert max(student.steps) > 1
+    check = save_student(student, tmp_path / "s", method=method, program=False)
+    assert check.ok and check.max_error <= 1e-4
+    loaded = load_student(tmp_path / "s")
+    assert set(loaded.student.steps) == set(student.steps)
+    noise, labels = torch.randn(4, 1, 8, 8), torch.arange(4) % 3
+    for count in student.steps:
+        again, was = (
+            one.generate(noise, labels, torch.Generator().manual_seed(1), count) for one in (loaded.student, student)
+        )
+        torch.testing.assert_close(again, was, atol=1e-4, rtol=1e-4)
+    if loaded.contract.pipeline is None:  # said plainly, in the card as well
+        assert any("plain diffusers cannot run it" in line for line in check.messages)
+        assert "plain diffusers cannot run it" in (tmp_path / "s" / "README.md").read_text()
 
 
 def test_times_that_a_pipeline_cannot_step_to_are_refused_before_training(teachers):

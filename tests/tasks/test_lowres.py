@@ -1,12 +1,18 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from fewstep import jobs
 from fewstep.errors import Refused
+from fewstep.interop import load_student
+from fewstep.methods.scale import Scale
 from fewstep.rng import Rng
 from fewstep.tasks import task_named
 from fewstep.tasks.lowres import blurred, lowered
+from fewstep.train.recipe import recipe_from
 
 
 def digits(**options):
@@ -119,3 +125,49 @@ def test_labels_that_are_not_there_are_refused(tmp_path):
     np.savez(file, images=np.zeros((20, 4, 4), dtype=np.uint8))
     with pytest.raises(Refused, match="has no labels: leave out labels"):
         task_named("lowres", {"of": "images", "of_options": {"path": str(file)}, "scales": [2], "labels": True})
+
+
+def test_a_chain_of_scales_is_one_recipe_and_its_student_reads_the_worst_picture(tmp_path, monkeypatch):
+    """x2 from the clean samples, then x4 from that student: taught by it, from its weights."""
+    monkeypatch.setattr("fewstep.interop.student.write_program", lambda *_: "not exported")  # elsewhere
+    file = tmp_path / "grey.npz"
+    np.savez(file, images=np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8))
+    recipe = recipe_from(
+        {
+            "name": "chain", "steps": 4, "batch": 8, "ema": {"decay": 0.0}, "evaluate": {"enabled": False},
+            "task": {
+                "name": "lowres", "options": {"of": "images", "of_options": {"path": str(file)}, "scales": [2, 4]}
+            },
+            "student": {
+                "net": {"kind": "mlp", "width": 8, "depth": 1, "beside": {"low": 1}}, "prediction": "x0",
+                "clock": "1000t",
+            },
+            "method": {"name": "scale", "options": {"reads": "x2"}},
+            "stages": [
+                {"steps": 4, "teacher": "previous", "method": {"name": "scale", "options": {"better": "x2"}}}
+            ],
+        }
+    )  # fmt: skip
+    asked = []
+    plain = Scale.loss
+
+    def loss(self, player, batch, rng):
+        asked.append((self.options.reads, self.options.better, self.teacher))
+        found = plain(self, player, batch, rng)
+        if self.teacher is not None and len(asked) == 5:  # the student begins as its teacher
+            same = zip(self.teacher.parameters(), self.student.denoiser.parameters(), strict=True)
+            assert all(torch.equal(a, b) for a, b in same)
+            moved = replace(batch, cond={**batch.cond, "x2": batch.cond["x2"] + 1})
+            assert not torch.equal(plain(self, player, moved, Rng(1)).total, plain(self, player, batch, Rng(1)).total)
+        return found
+
+    monkeypatch.setattr(Scale, "loss", loss)
+    jobs.train(recipe, tmp_path / "run")
+    assert [one[:2] for one in asked] == [("x2", None)] * 4 + [("low", "x2")] * 4
+    assert asked[0][2] is None and asked[7][2] is asked[4][2] is not None
+    student = load_student(tmp_path / "run" / "student").student
+    test = task_named("lowres", recipe.task.options).test
+    noise = torch.randn(len(test), 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    made = student.generate(noise, test.cond)
+    assert torch.equal(made, student.generate(noise, {"low": test.cond["low"]})), "it reads no better picture"
+    assert not torch.allclose(made, student.generate(noise, {"low": test.cond["low"].roll(1, 0)}))
