@@ -153,7 +153,7 @@ def student_made_by(method, options, student=None):
             "student": student or {},
         }
     )
-    task = SimpleNamespace(shape=(1, 8, 8), classes=3, data_std=0.75)
+    task = SimpleNamespace(shape=(1, 8, 8), classes=3, data_std=0.75, joint=None)
     student = make_student(recipe, task, edm(unet()), task.shape).eval()
     rng = torch.Generator().manual_seed(3)
     with torch.no_grad():
