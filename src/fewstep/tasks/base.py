@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -66,7 +65,7 @@ class Picked:
         return self.source[self.index[index]]
 
 
-class Task(ABC):
+class Task:
     """Data, condition and rendering.
 
     Attributes
@@ -91,15 +90,18 @@ class Task(ABC):
     value_range: tuple[float, float] | None = None
     law: Any = None
 
-    @property
-    @abstractmethod
-    def train(self) -> Split:
-        """The samples to learn from."""
+    _train: Split
+    _test: Split
 
     @property
-    @abstractmethod
+    def train(self) -> Split:
+        """The samples to learn from."""
+        return self._train
+
+    @property
     def test(self) -> Split:
         """Held-out samples: the reference that students are measured against. Nothing learns from them."""
+        return self._test
 
     def null(self, cond: Cond) -> Cond:
         """ "No condition" for every row of a condition: the label one past the last."""

@@ -59,14 +59,6 @@ class Digits(Task):
             train, test = train_test_split(train, test_size=held, stratify=labels[train], random_state=0)
         self._train, self._test = (Split(data[i], label[i]) for i in map(torch.from_numpy, (train, test)))
 
-    @property
-    def train(self) -> Split:
-        return self._train
-
-    @property
-    def test(self) -> Split:
-        return self._test
-
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the samples and labels of both splits."""

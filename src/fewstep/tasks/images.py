@@ -126,14 +126,6 @@ class Images(Task):
         self.data_std = _std(train.data) / 127.5 or 1.0
         self._train, self._test = (self._split(part) for part in (train, test))
 
-    @property
-    def train(self) -> Split:
-        return self._train
-
-    @property
-    def test(self) -> Split:
-        return self._test
-
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the samples and labels of both splits."""

@@ -74,14 +74,6 @@ class LowRes(Task):
             for name, split in (("train", of.train), ("test", of.test))
         )
 
-    @property
-    def train(self) -> Split:
-        return self._train
-
-    @property
-    def test(self) -> Split:
-        return self._test
-
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the pictures and of what was made of them."""

@@ -63,14 +63,6 @@ class MixtureTask(Task):
         self._train = self._draw(o.train_count, "train")
         self._test = self._draw(o.test_count, "test")
 
-    @property
-    def train(self) -> Split:
-        return self._train
-
-    @property
-    def test(self) -> Split:
-        return self._test
-
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the samples and labels of both splits."""

@@ -139,14 +139,6 @@ class Segments(Task):
         ground = Ground.drawn(len(strokes), o.contrast, o.depth, o.seed, "ground", name)
         return Split(Pictures(strokes, ground), Masks(strokes))
 
-    @property
-    def train(self) -> Split:
-        return self._train
-
-    @property
-    def test(self) -> Split:
-        return self._test
-
     def summary(self) -> str:
         return f"{self.strokes.summary()}; on textured ground, with masks"
 
