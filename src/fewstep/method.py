@@ -38,13 +38,17 @@ class Batch:
         target = None if self.target is None else self.target[index]
         return Batch(self.data[index], rows(self.cond, index), self.noise[index], target)
 
-    def fresh(self, rng: Source) -> Batch:
-        """Pairs as clean samples alone, under noise of their own; a batch without pairs is itself.
+    def samples(self, rng: Source, joined: bool = False) -> Batch:
+        """Pairs as clean samples under noise; a batch without pairs is itself.
 
-        A pair's noise is where its sample came from: x0 noised with it lies on a line of its own, not in the law of
-        ``x_t``.
+        A pair's noise is where its sample came from: x0 noised with it lies on the line between them, not in the law
+        of ``x_t`` under the teacher's flow. The noise is a fresh draw, then; or, ``joined``, the pair's own, whose
+        lines make up a straighter flow between the same two laws (a reflow's: Liu et al. 2022).
         """
-        return self if self.target is None else replace(self, noise=normal(self.noise, rng), target=None)
+        if self.target is None:
+            return self
+        noise = self.noise if joined else normal(self.noise, rng)
+        return replace(self, data=self.target, noise=noise, target=None)
 
     def to(self, device: torch.device | str) -> Batch:
         target = None if self.target is None else self.target.to(device)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from games import Nudged, Script, batch_of, gradients, mlp, play, sigma_points, stream
+from games import Lines, Nudged, Script, batch_of, gradients, mlp, play, sigma_points, stream
 from laws import ExactMap, draw, exact_student, gaussian, seeded
 
 from fewstep.denoiser import Denoiser, Reframed, Wrapped, tapped
@@ -310,6 +310,52 @@ def test_samples_of_the_teacher_are_learned_from_under_noise_of_their_own(cls, g
     near = (t > 0.4) & (t < 0.6)
     assert x_t[near].var().item() == pytest.approx(0.5, abs=0.06)  # on the lines: 1
     assert cls(law, student, cls.Options()).pairs() is None
+
+
+@pytest.mark.parametrize(
+    ("cls", "given"),
+    [
+        (MeanFlow, {"velocity": "data", "jumps": 1.0, "power": 0.0}),
+        (Consistency, {"mode": "training", "first": 40, "last": 40, "picks": "uniform"}),
+    ],
+    ids=["meanflow", "consistency"],
+)
+def test_on_the_lines_of_joined_pairs_loss_and_gradient_vanish_at_the_map_that_joins_them(cls, given):
+    """z -> A z + b by straight lines: the velocity of a line is its average, and its end is the same all along.
+
+    Under noise of its own each x_t is on many lines, and the map from z is not what is learned."""
+    matrix = torch.tensor([[0.5, 0.2], [-0.1, 0.7]], dtype=torch.float64)
+    offset = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    z = torch.randn(64, 2, generator=seeded(3), dtype=torch.float64)
+    x = z @ matrix.T + offset
+    pairs = PairOptions(count=8)
+
+    def left(joined, matrix=matrix):
+        student = Student(Lines(matrix, offset), (2,))
+        game = cls(None, student, cls.Options(pairs=pairs, joined=joined, **given))
+        loss = game.loss("student", Batch(torch.zeros_like(x), None, z, x), Rng(0)).total
+        return loss.item(), steepest(loss, student)
+
+    loss, slope = left(joined=True)
+    assert loss < 1e-20
+    assert slope < 1e-9
+    assert left(joined=False)[1] > 1e-2
+    assert left(joined=True, matrix=matrix.T)[1] > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("cls", "given"),
+    [
+        (MeanFlow, {"pairs": PairOptions(count=8)}),
+        (MeanFlow, {"velocity": "data"}),
+        (Consistency, {"pairs": PairOptions(count=8)}),
+        (Consistency, {"mode": "training"}),
+    ],
+)
+def test_joined_without_pairs_or_with_the_teachers_own_flow_is_refused(cls, given):
+    law = gaussian()
+    with pytest.raises(ValueError, match="joined learns from the lines of pairs: give pairs, and"):
+        cls(law, exact_student(law), cls.Options(joined=True, **given))
 
 
 # -- dispersive regularisation ------------------------------------------------------------------

@@ -60,6 +60,11 @@ class ConsistencyOptions(Part):
     pairs: PairOptions | None = Field(
         None, description="samples of the teacher are learned from in place of the data; None: the data"
     )
+    joined: bool = Field(
+        False,
+        description="a pair's sample lies under the noise that it came from, not under a fresh draw: a reflow's lines, "
+        "learned from with mode = 'training'",
+    )
     still: int = Field(0, ge=0, description="silence this many of the fastest waves of the student's time embedding")
     mask: str | None = Field(None, description="key of the condition that says which elements count; None: all")
 
@@ -103,6 +108,8 @@ class Consistency(Method):
         super().__init__(teacher, student, options)
         if self.options.mode == "distillation" and teacher is None:
             raise ValueError("consistency distillation needs a teacher; mode = 'training' does without")
+        if self.options.joined and (self.options.pairs is None or self.options.mode != "training"):
+            raise ValueError("joined learns from the lines of pairs: give pairs, and mode = 'training'")
         if self.options.form == "continuous" and (self.trajectories or self.options.target_decay > 0):
             raise ValueError("the continuous form takes its target from the student itself, at the data's end")
         if self.options.still:
@@ -161,7 +168,7 @@ class Consistency(Method):
         return given
 
     def loss(self, player: str, batch: Batch, rng: Source) -> Loss:
-        batch = batch.fresh(rng)
+        batch = batch.samples(rng, self.options.joined)
         if self.options.form == "continuous":
             return self._continuous(batch, rng)
         path, options, x0 = self.student.path, self.options, batch.data

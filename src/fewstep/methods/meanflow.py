@@ -53,6 +53,11 @@ class MeanFlowOptions(Part):
     pairs: PairOptions | None = Field(
         None, description="samples of the teacher are learned from in place of the data; None: the data"
     )
+    joined: bool = Field(
+        False,
+        description="a pair's sample lies under the noise that it came from, not under a fresh draw: a reflow's lines, "
+        "learned from with velocity = 'data'",
+    )
     dispersive: DispersiveOptions | None = Field(None, description="push features apart within a batch; None: do not")
     steps: tuple[int, ...] = Field((1,), description="step counts that the student serves")
     start: float | None = Field(None, gt=0, le=1, description="time of the first step; None: the path's end")
@@ -83,6 +88,8 @@ class MeanFlow(Method):
 
     def __init__(self, teacher: Any, student: Student, options: Part | None = None) -> None:
         super().__init__(teacher, student, options)
+        if self.options.joined and (self.options.pairs is None or self.options.velocity != "data"):
+            raise ValueError("joined learns from the lines of pairs: give pairs, and velocity = 'data'")
         if self.options.still:
             still_fast_waves(student, self.options.still)
         self.taps: tuple[str, ...] = ()
@@ -92,7 +99,7 @@ class MeanFlow(Method):
             self.taps = choose_taps(net, lambda: student(x, t, s), self.options.dispersive.taps)
 
     def loss(self, player: str, batch: Batch, rng: Source) -> Loss:
-        batch = batch.fresh(rng)
+        batch = batch.samples(rng, self.options.joined)
         path, options, x0 = self.student.path, self.options, batch.data
         first, second = options.levels.on(path)(x0, rng), (options.ends or options.levels).on(path)(x0, rng)
         t, s = torch.maximum(first, second), torch.minimum(first, second)  # of two families too: the paper's code
