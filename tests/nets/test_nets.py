@@ -171,6 +171,25 @@ def test_a_smaller_network_has_at_most_the_share_of_parameters_and_no_wider_one_
     assert build(small)(x, torch.ones(2)).shape == x.shape
 
 
+@pytest.mark.parametrize(
+    ("widths", "attention", "width", "head", "found"),
+    [
+        ((24, 48), (False, True), 22, 48, 22),  # one head stays one
+        ((24, 48), (False, True), 24, 8, 8),  # heads keep their width
+        ((24, 48), (False, True), 20, 8, 10),  # or become wider
+        ((24, 48), (True, True), 20, 24, 10),  # what divides both widths, 10 and 20
+        ((24, 48), (False, False), 22, 48, 22),  # in the middle alone
+    ],
+)
+def test_heads_of_a_narrower_network_are_as_wide_as_they_were_where_they_can_be(widths, attention, width, head, found):
+    whole = config_of({
+        "kind": "unet", "shape": (1, 8, 8), "widths": widths, "attention": attention, "head_width": head, "groups": 4,
+    })  # fmt: skip
+    small = whole.scaled(width, 1)
+    assert (small.head_width, small.widths[-1]) == (found, width)
+    assert build(small)(torch.zeros(1, 1, 8, 8), torch.ones(1)).shape == (1, 1, 8, 8)
+
+
 def test_a_size_that_is_none_or_that_no_network_has_is_refused():
     whole = config_of(KINDS["mlp"])
     assert resized(whole, 1.0) is whole

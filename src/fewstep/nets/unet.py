@@ -53,20 +53,24 @@ class UNetConfig(NetConfig):
         return self
 
     def widest(self) -> tuple[int, int]:
-        return max(self.widths), math.gcd(self.groups, 4)
+        return max(self.widths), math.gcd(self.groups, 2)
 
     def scaled(self, width: int, depth: int) -> UNetConfig:
-        """Widths in proportion, rounded to the step of ``widest``; groups and heads as large as still divide them."""
+        """Widths in proportion, rounded to the step of ``widest``, and as many groups as divide them.
+
+        Heads stay as wide as they are, or become wider, where the widths allow it: narrow ones cost most of the time.
+        """
         top, step = self.widest()
         widths = tuple(max(step, round(w * width / top / step) * step) for w in self.widths)
         attended = [w for w, yes in zip(widths, self.attention, strict=True) if yes]
-        heads = [*attended, widths[-1]] if self.mid_attention else attended
+        common = math.gcd(*attended, *([widths[-1]] if self.mid_attention else []))
+        wide = (w for w in range(min(self.head_width, common), common + 1) if w and common % w == 0)
         return self.model_copy(
             update={
                 "widths": widths,
                 "depth": depth,
                 "groups": math.gcd(self.groups, *widths),
-                "head_width": math.gcd(self.head_width, *heads) if heads else self.head_width,
+                "head_width": next(wide) if common else self.head_width,
             }
         )
 
