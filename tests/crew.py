@@ -59,6 +59,10 @@ METHODS = {
     "reflow": {"name": "reflow", "options": {"pairs": {"count": 40, "nfe": 2}, "anneal": 0.5, "look": 2}},
     "progressive": {"name": "progressive", "options": {"steps": 2, "finest": 8}},
     "oftsr": {"name": "oftsr"},
+    "trajectory": {
+        "name": "trajectory",
+        "options": {"pairs": {"count": 40, "solver": "euler", "nfe": 2}, "steps": [1, 2]},
+    },
     "dmd2": {"name": "dmd2", "options": {"critic_turns": 2, "gan": GAN}},
     "dmd2_weighted": {
         "name": "dmd2",
@@ -199,7 +203,8 @@ def fit(recipe, run, resume=False, stop=None):
     torch.manual_seed(1)
     method = jobs.game(recipe, setting, make_student(recipe, setting.task, setting.raw, setting.shape))
     wanted = method.pairs()
-    pairs = Pairs(setting.raw, setting.task, wanted, run, teacher_hash="law") if wanted else None
+    states = method.reads_states
+    pairs = Pairs(setting.raw, setting.task, wanted, run, teacher_hash="law", states=states) if wanted else None
     trainer = Trainer(recipe, run, watch=None if stop is None else Stopper(stop))
     weights = None
     try:

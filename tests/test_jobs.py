@@ -185,7 +185,8 @@ def test_a_stopped_run_that_goes_on_ends_bit_equal_to_one_that_was_not(method, t
         torch.manual_seed(1)
         method = jobs.game(recipe, setting, make_student(recipe, setting.task, setting.raw, setting.shape))
         wanted = method.pairs()
-        pairs = Pairs(setting.raw, setting.task, wanted, run, teacher_hash="law") if wanted else None
+        states = method.reads_states
+        pairs = Pairs(setting.raw, setting.task, wanted, run, teacher_hash="law", states=states) if wanted else None
         return Trainer(recipe, run, watch=watch).fit(method, setting.task, pairs, resume=resume).state_dict()
 
     whole = fit(tmp_path / "whole")

@@ -23,20 +23,23 @@ from .student import Student
 class Batch:
     """Clean data, its condition, and noise ~ N(0, I); ``target`` is where a teacher took that noise.
 
-    ``data`` is [batch, *shape]. With pairs, ``cond`` belongs to ``noise`` and ``target``.
+    ``data`` is [batch, *shape]. With pairs, ``cond`` belongs to ``noise`` and ``target``. With trajectories, ``states``
+    are the teacher's samples on the way, [batch, points, *shape] from its first time to clean, at ``times`` [points].
     """
 
     data: Tensor
     cond: Cond
     noise: Tensor
     target: Tensor | None = None
+    states: Tensor | None = None
+    times: Tensor | None = None
 
     def __len__(self) -> int:
         return self.noise.shape[0]
 
     def rows(self, index: Tensor | slice) -> Batch:
-        target = None if self.target is None else self.target[index]
-        return Batch(self.data[index], rows(self.cond, index), self.noise[index], target)
+        target, states = (None if v is None else v[index] for v in (self.target, self.states))
+        return Batch(self.data[index], rows(self.cond, index), self.noise[index], target, states, self.times)
 
     def samples(self, rng: Source, joined: bool = False) -> Batch:
         """Pairs as clean samples under noise; a batch without pairs is itself.
@@ -48,13 +51,13 @@ class Batch:
         if self.target is None:
             return self
         noise = self.noise if joined else normal(self.noise, rng)
-        return replace(self, data=self.target, noise=noise, target=None)
+        return replace(self, data=self.target, noise=noise, target=None, states=None, times=None)
 
     def to(self, device: torch.device | str) -> Batch:
-        target = None if self.target is None else self.target.to(device)
-        return replace(
-            self, data=self.data.to(device), cond=move(self.cond, device), noise=self.noise.to(device), target=target
-        )
+        target, states = (None if v is None else v.to(device) for v in (self.target, self.states))
+        data, noise = self.data.to(device), self.noise.to(device)
+        times = None if self.times is None else self.times.to(device)
+        return Batch(data, move(self.cond, device), noise, target, states, times)
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ class Method(nn.Module, ABC):
     players: ClassVar[tuple[str, ...]] = ("student",)
     needs_teacher: ClassVar[bool] = True
     needs_data: ClassVar[bool] = True
+    reads_states: ClassVar[bool] = False  # wants the teacher's samples on the way of its pairs, beside their ends
     makes: ClassVar[Literal["student", "teacher", "start"]] = "student"  # a start gives no samples to look at
     straight: ClassVar[bool] = False  # wants the straight path; others are seen through Reframed
     flow_map: ClassVar[bool] = False  # wants a network that reads the length of the jump

@@ -134,12 +134,13 @@ def test_a_student_of_every_row_of_distribution_matching_runs_in_plain_diffusers
 
 ONE_STEP = {
     "consistency": {}, "consistency_trajectory": {}, "meanflow": {}, "oftsr": {}, "progressive": {}, "reflow": {},
-    "regression": {}, "scale": {}, "self_e": {"steps": [1]},
+    "regression": {}, "scale": {}, "self_e": {"steps": [1]}, "trajectory": {"steps": [1]},
 }  # fmt: skip
 SEVERAL = {  # with what a recipe says of the student
     "consistency": ({}, {"steps": [1, 2], "policy": "renoise"}), "consistency_trajectory": ({}, {"steps": [1, 2]}),
     "meanflow": ({"steps": [1, 2]}, {}), "progressive": ({"steps": 2, "finest": 4}, {}),
     "reflow": ({"steps": [1, 2]}, {}), "scale": ({"steps": [1, 2]}, {}), "self_e": ({"steps": [1, 2]}, {}),
+    "trajectory": ({"steps": [1, 2]}, {}),
 }  # fmt: skip
 
 

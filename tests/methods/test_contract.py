@@ -43,6 +43,7 @@ SETTINGS = {
         {"still": 2, "dispersive": {"weight": 0.1}, "steps": (1, 4)},
     ],
     "scale": [{"better": "x2", "weight": "edm", "steps": (1, 2)}],
+    "trajectory": [{"distance": "l2", "steps": (1, 4)}],
     "uni_instruct": [{"divergence": "jensen_shannon", "ratio_gradient": "paper"}, {"ratio_gradient": "weight"}],
 }
 CASES = [(entry, options) for entry in METHODS for options in ({}, *SETTINGS.get(entry.name, []))]
@@ -77,6 +78,9 @@ def nudge(module):
 
 def batch(entry, count=8):
     found = batch_of(count, classes=3, pairs=True)
+    if entry.name == "trajectory":
+        rng = torch.Generator().manual_seed(4)
+        return replace(found, states=torch.randn(count, 9, 2, generator=rng), times=torch.linspace(1, 0, 9))
     if entry.name != "scale":
         return found
     low, better = torch.randn(2, count, 2, generator=torch.Generator().manual_seed(3))

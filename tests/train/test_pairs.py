@@ -56,6 +56,46 @@ def test_a_pair_is_a_noise_the_place_the_sampler_took_it_to_and_the_condition_un
     assert set(near.tolist()) == {0, 1}
 
 
+def test_a_trajectory_has_the_samplers_samples_at_its_times_between_the_noise_and_the_pairs_end(tmp_path):
+    task, plan = ring(), PLAN.model_copy(update={"nfe": 7})
+    found = pairs_of(task, tmp_path, plan=plan, states=True).rows(torch.arange(80))
+    x, seen = found.noise, []
+    sample(task.law, x, found.times, solver_named("heun"), cond=found.cond, watch=lambda i, x: seen.append(x))
+    assert found.times.tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert torch.equal(found.states, torch.stack([x, *seen], 1))
+    assert torch.equal(found.states[:, -1], found.target)
+    few = found.rows(torch.tensor([3, 1]))
+    assert torch.equal(few.states, found.states[[3, 1]]) and few.times is found.times
+    assert torch.equal(few.to("cpu").states, few.states)
+
+
+def test_the_start_of_a_trajectory_is_as_loud_as_its_path(tmp_path):
+    task = ring()
+    teacher = Reframed(task.law, Exploding(sigma_min=0.1, sigma_max=5.0))
+    found = pairs_of(task, tmp_path, teacher, states=True).rows(torch.arange(80))
+    assert torch.allclose(found.states[:, 0], 5.0 * found.noise)
+
+
+def test_pairs_are_read_from_trajectories_and_only_from_whole_ones_of_the_same_teacher(tmp_path):
+    task, counted = ring(), Counted(ring().law)
+    way = pairs_of(task, tmp_path, counted, states=True)
+    calls = counted.images
+    assert calls == 80 * 3
+    pairs = pairs_of(task, tmp_path, counted)
+    assert counted.images == calls and same(pairs, way)
+    assert pairs.rows(torch.arange(4)).states is None
+    pairs_of(task, tmp_path, counted, states=True)
+    assert counted.images == calls, "made once"
+    alone = pairs_of(task, tmp_path / "other", counted)
+    assert counted.images == 2 * calls and same(alone, way), "equal pairs, with and without the way"
+    pairs_of(task, tmp_path, counted, teacher_hash="another")
+    assert counted.images == 3 * calls
+    pairs_of(task, tmp_path, counted, plan=PLAN.model_copy(update={"count": 90}))
+    assert counted.images == 3 * calls + 3 * 90, "not whole: pairs have a folder of their own"
+    way.shards.folder.joinpath("00000000-00000032.safetensors").write_bytes(b"damaged")
+    assert same(pairs_of(task, tmp_path, counted), alone)
+
+
 def test_nothing_is_made_twice_by_whatever_run_or_method_asks(tmp_path):
     task, counted = ring(), Counted(ring().law)
     first = pairs_of(task, tmp_path, counted)

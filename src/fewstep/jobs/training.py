@@ -124,7 +124,7 @@ def _learn(
                 watch.start("pairs", wanted.count)
                 pairs = Pairs(
                     within.denoiser.to(device), setting.task, wanted, run if verb == "plan" else cache_folder(),
-                    teacher_hash=teaches, seed=recipe.seed, device=device,
+                    teacher_hash=teaches, seed=recipe.seed, device=device, states=method.reads_states,
                     watch=lambda count: watch.advance("pairs", count),
                 )  # fmt: skip
                 watch.finish("pairs")

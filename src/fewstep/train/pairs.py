@@ -1,8 +1,10 @@
-"""Noise-image pairs: where a teacher's sampler takes each noise, made once and kept on disk."""
+"""Noise-image pairs, and the way between: where a teacher's sampler takes each noise, made once and kept on disk."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path as File
 from typing import Any
 
@@ -40,6 +42,9 @@ class Pairs:
     ones finds them, and a run that was stopped goes on at the first missing shard. How many are wanted is no part of
     the name: more pairs go on from fewer. Several processes share the work, and the folder.
 
+    With ``states`` the sampler's samples on the way are kept as well, in a folder of their own (``trajectories-``):
+    pairs that are asked for later are read from there.
+
     ``teacher_hash`` is of the teacher's weights and of whatever else changes its answers and does not show in the
     denoiser (a pipeline's arguments). ``seconds`` is what making them took, now or when they were made.
     """
@@ -54,16 +59,19 @@ class Pairs:
         teacher_hash: str,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        states: bool = False,
         watch: Callable[[int], None] | None = None,
     ) -> None:
         solver = solver_named(options.solver)
-        times = grid(teacher.path, steps_of(solver, options.nfe), options.grid)
+        self.times = times = grid(teacher.path, steps_of(solver, options.nfe), options.grid)
+        self.path, self.states = teacher.path, states
         size = SHARD
         while size > 32 and size * torch.Size(task.shape).numel() > NUMBERS:
             size //= 2
 
-        def make(rows: range) -> dict[str, Tensor]:
-            return made(teacher, task, solver, times, len(rows), mix(seed, "pairs", rows.start // size), device)
+        def make(rows: range, states: bool = False) -> dict[str, Tensor]:
+            own = mix(seed, "pairs", rows.start // size)
+            return made(teacher, task, solver, times, len(rows), own, device, states)
 
         facts = {
             "format": FORMAT,
@@ -77,7 +85,12 @@ class Pairs:
             "size": size,
             "device": torch.device(device).type,  # others round otherwise
         }
-        self.shards = Shards("pairs", facts, options.count, make, folder=folder, size=size, batch=size)
+        whole = Shards(
+            "trajectories", facts, options.count, partial(make, states=True), folder=folder, size=size, batch=size
+        )
+        ends = Shards("pairs", facts, options.count, make, folder=folder, size=size, batch=size)
+        held = states or (folder is not None and all(whole.found(n) is not None for n in range(whole.number)))
+        self.shards = whole if held else ends
         every = range(self.shards.number)
         for number in world().mine(every):
             self.shards.shard(number)
@@ -103,24 +116,41 @@ class Pairs:
         """Some of the pairs, by number."""
         found = self.shards[index]
         cond: Cond = {k[5:]: v for k, v in found.items() if k.startswith("cond.")} or found.get("cond")
-        return Batch(found["target"], cond, found["noise"], found["target"])
+        pairs = Batch(found["target"], cond, found["noise"], found["target"])
+        if not self.states:
+            return pairs
+        start = start_noise(self.path, float(self.times[0]), pairs.noise)
+        way = [start[:, None], *([found["states"]] if "states" in found else []), found["target"][:, None]]
+        return replace(pairs, states=torch.cat(way, 1), times=self.times)
 
 
 @torch.inference_mode()
 def made(
-    teacher: Denoiser, task: Task, solver: Any, times: Tensor, count: int, seed: int, device: torch.device | str
+    teacher: Denoiser,
+    task: Task,
+    solver: Any,
+    times: Tensor,
+    count: int,
+    seed: int,
+    device: torch.device | str,
+    states: bool = False,
 ) -> dict[str, Tensor]:
-    """The rows of one shard: noise, where the sampler took it, and the condition under which."""
+    """The rows of one shard: noise, where the sampler took it, under which condition; and its samples in between."""
     rng = Rng(seed, device=device)
     noise = rng.normal((count, *task.shape))
     index = torch.randint(len(task.train), (count,), generator=rng.shared)
     held = task.train.held_cond
     cond = rows_of(held, index) if held is None or isinstance(held, Tensor | dict) else held[index]
-    ends = []
+    ends, between = [], []
     for part in torch.arange(count).split(512):
         x = start_noise(teacher.path, float(times[0]), noise[part])
-        ends.append(sample(teacher, x, times, solver, cond=rows_of(cond, part), rng=rng.generator))
+        way: list[Tensor] = []
+        watch = (lambda i, x, way=way: way.append(x.cpu())) if states else None
+        ends.append(sample(teacher, x, times, solver, cond=rows_of(cond, part), rng=rng.generator, watch=watch))
+        between.append(way[:-1])
     found = {"noise": noise.cpu(), "target": torch.cat(ends).cpu()}
+    if states and len(times) > 2:
+        found["states"] = torch.cat([torch.stack(way, 1) for way in between])
     if isinstance(cond, dict):
         found.update({f"cond.{k}": v.cpu() for k, v in cond.items()})
     elif cond is not None:
