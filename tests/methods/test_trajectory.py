@@ -45,8 +45,8 @@ def test_loss_and_gradient_vanish_at_the_flow_map_that_the_trajectories_follow(p
     assert left(gaussian(std=(0.6, 1.5), path=path))[1] > 1e-3
 
 
-JUMPS = [((0.99, 0.1, 0.5, 0.1), (0, 8)), ((0.3, 0.9, 0.1, 0.9), (2, 3)), ((0.3, 0.9, 0.5, 0.9), (2, 6)),
-         ((0.6, 0.9, 0.5, 0.1), (4, 8)), ((0.99, 0.9, 0.99, 0.9), (7, 8)), ((0.99, 0.1, 0.0, 0.9), (0, 1))]  # fmt: skip
+JUMPS = [((0.1, 0.9), (0, 8)), ((0.3, 0.1), (0, 4)), ((0.3, 0.9), (4, 8)), ((0.6, 0.3), (2, 4)), ((0.9, 0.0), (0, 1)),
+         ((0.9, 0.99), (7, 8))]  # fmt: skip
 every_jump = pytest.mark.parametrize(("drawn", "jump"), JUMPS, ids=lambda v: "-".join(map(str, v)))
 
 
@@ -67,7 +67,7 @@ def test_one_error_of_the_guess_costs_its_levels_weight_whatever_the_length_of_t
 
 @every_jump
 def test_it_asks_for_the_jump_between_two_points_of_the_way_that_were_drawn(drawn, jump):
-    """Half of the jumps begin at the noise, half end clean, the others anywhere later than they begin."""
+    """A number of steps, then one of its jumps."""
     law, asked = gaussian(), []
 
     class Watching(ExactMap):
@@ -83,19 +83,23 @@ def test_it_asks_for_the_jump_between_two_points_of_the_way_that_were_drawn(draw
     assert t.tolist() == [batch.times[jump[0]]] * 4 and s.tolist() == [batch.times[jump[1]]] * 4
 
 
-def test_every_jump_of_the_way_is_drawn_and_no_other():
-    law, asked = gaussian(), set()
+def test_the_jumps_of_the_steps_that_are_served_are_drawn_and_no_others():
+    law, asked = gaussian(), []
 
     class Watching(ExactMap):
         def forward(self, x, t, cond=None, want="x0", s=None):
-            asked.update(zip(t.tolist(), s.tolist(), strict=True))
+            asked.extend(zip(t.tolist(), s.tolist(), strict=True))
             return super().forward(x, t, cond, want, s)
 
-    options = TrajectoryOptions(**EIGHT, starts=0.0, ends=0.0)
-    batch, made = way_of(law, options, 2000)
+    options = TrajectoryOptions(**EIGHT, steps=(1, 4))
+    made = Trajectory.student_options(TrajectoryOptions(**EIGHT), law.path)
+    batch, _ = way_of(law, TrajectoryOptions(**EIGHT), 4000)
     Trajectory(law, Student(Watching(law), (2,), **made), options).loss("student", batch, Rng(0))
     times = batch.times.tolist()
-    assert asked == {(t, s) for t in times for s in times if t > s}
+    four = list(zip(times[:-1:2], times[2::2], strict=True))
+    assert set(asked) == {(times[0], times[8]), *four}
+    assert asked.count((times[0], times[8])) == pytest.approx(2000, rel=0.06)
+    assert all(asked.count(jump) == pytest.approx(500, rel=0.15) for jump in four)
 
 
 def test_of_a_pair_alone_it_is_regression():

@@ -1,4 +1,4 @@
-"""Regression on trajectories: repeat every jump that a teacher's sampler made on its way from noise."""
+"""Regression on trajectories: repeat the way of a teacher's sampler in one jump, or in a few."""
 
 from __future__ import annotations
 
@@ -22,8 +22,6 @@ from .denoising import level_weight
 
 class TrajectoryOptions(Part):
     pairs: PairOptions = Field(PairOptions(), description="the ways that are regressed on, from noise to sample")
-    starts: float = Field(0.5, ge=0, le=1, description="share of the jumps that begin at the noise")
-    ends: float = Field(0.5, ge=0, le=1, description="share of the jumps that go on to the clean end")
     distance: Literal["huber", "l2", "l1"] = Field(
         "huber", description="huber is of the whole sample, the others means"
     )
@@ -51,10 +49,11 @@ class TrajectoryOptions(Part):
 class Trajectory(Method):
     """``E w(t) d(F(x_t, t, s), x_s)`` for two points t > s of a way that the teacher's sampler went.
 
-    What ``regression`` does with a way's ends, for every part of it: one student then serves every number of steps,
-    and the teacher is asked for nothing while it learns. Errors are measured in the clean sample that the jump's line
-    points to, ``tau_t / (tau_t - tau_s) (F - x_s)`` in the path's straight frame, and weighed as the denoising loss
-    weighs them (1/sd^2 + snr), so that short jumps at quiet levels count as much as the long one.
+    What ``regression`` does with a way's ends, for its halves and quarters as well: a number of steps is drawn, then
+    one of its jumps. One student then serves them all, and the teacher is asked for nothing while it learns. Errors
+    are measured in the clean sample that the jump's line points to, ``tau_t / (tau_t - tau_s) (F - x_s)`` in the
+    path's straight frame, and weighed as the denoising loss weighs them (1/sd^2 + snr), so that short jumps at quiet
+    levels count as much as the long one.
 
     The student is on its teacher's path and steps to the times of the teacher's sampler.
     """
@@ -80,10 +79,10 @@ class Trajectory(Method):
         options, student, path = self.options, self.student, self.student.path
         states, times = self._way(batch)
         last = len(times) - 1
-        first = (uniform(batch.noise, rng) * last).long().clamp(max=last - 1)
-        first = torch.where(uniform(batch.noise, rng) < options.starts, 0, first)
-        end = first + 1 + (uniform(batch.noise, rng) * (last - first)).long()
-        end = torch.where(uniform(batch.noise, rng) < options.ends, last, end.clamp(max=last))
+        served = torch.tensor([k for k in options.steps if last % k == 0] or [1], device=states.device)
+        count = served[(uniform(batch.noise, rng) * len(served)).long().clamp(max=len(served) - 1)]
+        jump = torch.minimum((uniform(batch.noise, rng) * count).long(), count - 1)
+        first, end = jump * (last // count), (jump + 1) * (last // count)
         row = torch.arange(len(first), device=first.device)
         dtype = torch.promote_types(states.dtype, torch.float32)
         t, s = times[first].to(dtype), times[end].to(dtype)
