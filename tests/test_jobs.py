@@ -18,6 +18,7 @@ from fewstep.evaluate import Protocol
 from fewstep.jobs.setting import prepare
 from fewstep.jobs.training import measured_teacher, taught_under
 from fewstep.methods.families.matching import Matching
+from fewstep.methods.trajectory import Trajectory
 from fewstep.train.build import make_student
 from fewstep.train.pairs import Pairs
 from fewstep.train.recipe import MethodSection, recipe_from
@@ -196,6 +197,22 @@ def test_a_stopped_run_that_goes_on_ends_bit_equal_to_one_that_was_not(method, t
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
     steps = [json.loads(line)["step"] for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
     assert steps == [5, 10]
+
+
+def test_a_method_of_trajectories_is_given_them_by_its_job(tmp_path, monkeypatch):
+    seen, plain = [], Trajectory.loss
+
+    def watched(self, player, batch, rng):
+        seen.append(batch)
+        return plain(self, player, batch, rng)
+
+    monkeypatch.setattr(Trajectory, "loss", watched)
+    section = {"name": "trajectory", "options": {"pairs": {"count": 40, "nfe": 4}, "steps": [1, 2]}}
+    student = {"net": MIXTURE["student"]["net"], "path": {"kind": "straight"}, "prediction": "velocity", "clock": "t"}
+    recipe = changed(method=section, steps=2, student=student, evaluate={"enabled": False})
+    jobs.distill(recipe, tmp_path / "run")
+    assert {tuple(batch.states.shape[1:]) for batch in seen} == {(5, 2)}
+    assert all(torch.equal(batch.states[:, -1], batch.target) for batch in seen)
 
 
 def test_an_interrupted_run_names_the_line_that_goes_on_and_leaves_no_student(tmp_path):
