@@ -41,16 +41,17 @@ class Batch:
         target, states = (None if v is None else v[index] for v in (self.target, self.states))
         return Batch(self.data[index], rows(self.cond, index), self.noise[index], target, states, self.times)
 
-    def samples(self, rng: Source, joined: bool = False) -> Batch:
+    def samples(self, rng: Source, joined: Student | None = None) -> Batch:
         """Pairs as clean samples under noise; a batch without pairs is itself.
 
         A pair's noise is where its sample came from: x0 noised with it lies on the line between them, not in the law
-        of ``x_t`` under the teacher's flow. The noise is a fresh draw, then; or, ``joined``, the pair's own, whose
-        lines make up a straighter flow between the same two laws (a reflow's: Liu et al. 2022).
+        of ``x_t`` under the teacher's flow. The noise is a fresh draw, then; or, for the student ``joined``, such that
+        x0 noised with it is where the student starts from the pair's own noise: these lines make up a straighter flow
+        between the same two laws (a reflow's: Liu et al. 2022).
         """
         if self.target is None:
             return self
-        noise = self.noise if joined else normal(self.noise, rng)
+        noise = normal(self.noise, rng) if joined is None else joined.noise_to(self.target, self.noise)
         return replace(self, data=self.target, noise=noise, target=None, states=None, times=None)
 
     def to(self, device: torch.device | str) -> Batch:

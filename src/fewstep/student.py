@@ -96,6 +96,11 @@ class Student(nn.Module):
             return self.denoiser(x, t, cond, "x0", s)
         return self.path.move(x, self.denoiser(x, t, cond, self.path.slope, s), t, s)
 
+    def noise_to(self, x0: Tensor, noise: Tensor) -> Tensor:
+        """eps with ``alpha x0 + sigma eps = start_scale noise`` at the start: what is left of x0 there is taken off."""
+        alpha, sigma, _, _ = self.path.at(self.start, x0)
+        return ((self.start_scale * noise - alpha * x0) / sigma).to(x0.dtype)
+
     def times(self, steps: int) -> tuple[float, ...]:
         """The times of a step count that the student was trained for; ValueError for another."""
         if steps not in self.steps:

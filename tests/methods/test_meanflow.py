@@ -343,6 +343,19 @@ def test_on_the_lines_of_joined_pairs_loss_and_gradient_vanish_at_the_map_that_j
     assert left(joined=True, matrix=matrix.T)[1] > 1e-2
 
 
+@pytest.mark.parametrize(("start", "scale"), [(None, None), (2.5, None), (2.5, 2.7)])
+def test_the_line_of_a_joined_pair_begins_where_the_student_does_from_its_noise(start, scale):
+    """On a path that ends before pure noise x0 + sigma eps is off the start by x0: the noise takes that off."""
+    path = Exploding(sigma_min=0.02, sigma_max=20.0)
+    student = Student(mlp(path, dtype=torch.float64), (2,), start=start, start_scale=scale)
+    z, x = torch.randn(2, 16, 2, generator=seeded(3), dtype=torch.float64)
+    line = Batch(torch.zeros_like(x), None, z, x).samples(Rng(0), student)
+    assert torch.allclose(path.corrupt(line.data, student.start, line.noise), student.start_scale * z, atol=1e-12)
+    assert torch.equal(line.data, x) and line.target is None
+    halfway = path.corrupt(line.data, student.start / 2, line.noise)
+    assert torch.allclose(halfway, (x + student.start_scale * z) / 2, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("cls", "given"),
     [

@@ -168,7 +168,7 @@ class Consistency(Method):
         return given
 
     def loss(self, player: str, batch: Batch, rng: Source) -> Loss:
-        batch = batch.samples(rng, self.options.joined)
+        batch = batch.samples(rng, self.student if self.options.joined else None)
         if self.options.form == "continuous":
             return self._continuous(batch, rng)
         path, options, x0 = self.student.path, self.options, batch.data

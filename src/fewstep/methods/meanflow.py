@@ -99,7 +99,7 @@ class MeanFlow(Method):
             self.taps = choose_taps(net, lambda: student(x, t, s), self.options.dispersive.taps)
 
     def loss(self, player: str, batch: Batch, rng: Source) -> Loss:
-        batch = batch.samples(rng, self.options.joined)
+        batch = batch.samples(rng, self.student if self.options.joined else None)
         path, options, x0 = self.student.path, self.options, batch.data
         first, second = options.levels.on(path)(x0, rng), (options.ends or options.levels).on(path)(x0, rng)
         t, s = torch.maximum(first, second), torch.minimum(first, second)  # of two families too: the paper's code
