@@ -182,10 +182,10 @@ def gaussian(path: Path) -> Gaussian:
     return Gaussian([0.3, -0.2], [0.5, 0.8], path=path)
 
 
-def denoiser(seed: int, path: Path, reads_s: bool = False, classes: int | None = None, shift: bool = False) -> Any:
+def denoiser(seed: int, path: Path, reads_s: bool = False, shift: bool = False) -> Any:
     """A small network in the preconditioning of Karras et al., or of the straight path."""
     torch.manual_seed(seed)
-    net = build({"kind": "mlp", "shape": (2,), "width": 128, "depth": 2, "reads_s": reads_s, "classes": classes})
+    net = build({"kind": "mlp", "shape": (2,), "width": 128, "depth": 2, "reads_s": reads_s})
     if isinstance(path, Straight):
         return Wrapped(net, path, "flow", "t")
     wrapped = Wrapped(net, path, "cm", "log_sigma/4", scale_input=True, data_std=0.7, boundary=path.t_low)
@@ -336,9 +336,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument(
-        "--steps", type=float, default=1.0, help="share of the updates: shorter runs look, longer ones last"
-    )
+    parser.add_argument("--steps", type=float, default=1.0, help="share of the updates that every part makes")
     given = parser.parse_args()
     torch.set_num_threads(1)
     for name in STEPS:

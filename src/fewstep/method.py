@@ -89,6 +89,19 @@ class PairOptions(Part):
     grid: GridKind = Field("karras", description="of the sampler's times")
 
 
+class SamplesOptions(Part):
+    """Whose samples are learned from, by methods that need no pairs."""
+
+    pairs: PairOptions | None = Field(
+        None, description="samples of the teacher are learned from in place of the data; None: the data"
+    )
+    joined: bool = Field(
+        False,
+        description="a pair's sample lies under the noise that it came from, not under a fresh draw: a reflow's lines, "
+        "learned from with their own velocity",
+    )
+
+
 class Method(nn.Module, ABC):
     """A way to train a student. One file per paper; engines that several papers configure in families/.
 
@@ -147,8 +160,8 @@ class Method(nn.Module, ABC):
         return None
 
     def pairs(self) -> PairOptions | None:
-        """The pairs that this method regresses on, if any."""
-        return None
+        """The pairs that this method learns from, if any: its option of that name."""
+        return getattr(self.options, "pairs", None)
 
     @classmethod
     def reads_data(cls, options: Any) -> bool:

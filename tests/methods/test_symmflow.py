@@ -4,9 +4,10 @@ from games import batch_of, gradients, mlp, play
 from laws import gaussian, seeded
 
 from fewstep.denoiser import Denoiser
+from fewstep.joint import codes, joined, label_map, nearest
 from fewstep.losses import squared_error
 from fewstep.methods.denoising import FlowMatching, FlowMatchingOptions
-from fewstep.methods.symmflow import SymmFlow, SymmFlowOptions, codes, generate, joined, label_map, nearest, read
+from fewstep.methods.symmflow import SymmFlow, SymmFlowOptions, generate, read
 from fewstep.path import NoiseSampler, Straight
 from fewstep.rng import Rng
 from fewstep.student import Student
@@ -126,3 +127,23 @@ def test_labels_are_maps_that_are_read_back_for_a_picture_or_for_each_place():
     blurred = label_map(labels, codes(10), x, Rng(0), 0.2) - label_map(labels, codes(10), x)
     assert blurred.abs().max() <= 0.1
     assert blurred.std().item() == pytest.approx(0.2 / 12**0.5, rel=0.15)
+
+
+@pytest.mark.parametrize("width", [0.0, 0.4])
+def test_generation_starts_from_labels_as_blurred_as_they_were_in_training(width):
+    """Uniform noise ``width`` wide around the code: its standard deviation is width / sqrt(12)."""
+    seen = []
+
+    class Watching(Denoiser):
+        path = Straight()
+
+        def forward(self, x, t, cond=None, want="x0", s=None):
+            seen.append(x)
+            return torch.zeros_like(x)
+
+    labels = torch.arange(3000) % 3
+    generate(Student(Watching(), (5,)), torch.zeros(3000, 2), labels, BOOK, rng=Rng(0), width=width)
+    off = seen[0][:, 2:] - BOOK[labels]
+    assert off.abs().max() <= width / 2
+    assert off.std().item() == pytest.approx(width / 12**0.5, rel=0.05)
+    assert off.mean().abs() < 0.01

@@ -274,8 +274,6 @@ class Evaluation:
 
     # -- the table ----------------------------------------------------------------------------
 
-    # -- the table ----------------------------------------------------------------------------
-
     def report(
         self, students: Mapping[str, Student], teacher: Denoiser | None, cache: Path | None, began: float
     ) -> Report:

@@ -15,7 +15,7 @@ from ..cond import Cond, part_of
 from ..derivative import Derivative, along_flow, still_fast_waves
 from ..grid import grid
 from ..losses import ict_c, pseudo_huber, squared_error
-from ..method import Batch, Loss, Method, PairOptions
+from ..method import Batch, Loss, Method, SamplesOptions
 from ..part import Part, variant
 from ..path import Path, column, normal
 from ..registry import Paper, method
@@ -24,7 +24,7 @@ from ..student import Student, frozen, trainable_copy
 from .denoising import level_weight
 
 
-class ConsistencyOptions(Part):
+class ConsistencyOptions(SamplesOptions):
     mode: Literal["distillation", "training"] = Field(
         "distillation", description="the earlier point from a teacher's step, or from the same noise (no teacher)"
     )
@@ -57,14 +57,6 @@ class ConsistencyOptions(Part):
     )
     derivative: Derivative = Field("exact", description="continuous: forward mode, or a central difference")
     step: float = Field(5e-3, gt=0, description="of the central difference, in atan(sigma / (alpha data_std))")
-    pairs: PairOptions | None = Field(
-        None, description="samples of the teacher are learned from in place of the data; None: the data"
-    )
-    joined: bool = Field(
-        False,
-        description="a pair's sample lies under the noise that it came from, not under a fresh draw: a reflow's lines, "
-        "learned from with mode = 'training'",
-    )
     still: int = Field(0, ge=0, description="silence this many of the fastest waves of the student's time embedding")
     mask: str | None = Field(None, description="key of the condition that says which elements count; None: all")
 
@@ -162,10 +154,6 @@ class Consistency(Method):
                     weight = torch.ones_like(ratio[1:])
             self._made = (key, (times.to(device), mass.cumsum(0).to(device), weight.to(device)))
         return self._made[1]
-
-    def pairs(self) -> PairOptions | None:
-        given: PairOptions | None = self.options.pairs
-        return given
 
     def loss(self, player: str, batch: Batch, rng: Source) -> Loss:
         batch = batch.samples(rng, self.student if self.options.joined else None)

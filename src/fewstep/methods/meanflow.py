@@ -13,7 +13,7 @@ from ..denoiser import choose_taps, inner_of, tapped
 from ..derivative import Derivative, along_flow, still_fast_waves
 from ..grid import even_steps
 from ..losses import dispersive
-from ..method import Batch, Loss, Method, PairOptions
+from ..method import Batch, Loss, Method, SamplesOptions
 from ..part import Part
 from ..path import NoiseSampler, Path, column
 from ..registry import Paper, method
@@ -32,7 +32,7 @@ class DispersiveOptions(Part):
     taps: int = Field(1, ge=1, description="how many layers are read")
 
 
-class MeanFlowOptions(Part):
+class MeanFlowOptions(SamplesOptions):
     velocity: Literal["teacher", "data"] = Field(
         "teacher", description="whose velocity: the teacher's, where there is one, or each pair's own eps - x0"
     )
@@ -49,14 +49,6 @@ class MeanFlowOptions(Part):
         0,
         ge=0,
         description="silence this many of the fastest waves of the student's time embedding, for its derivative",
-    )
-    pairs: PairOptions | None = Field(
-        None, description="samples of the teacher are learned from in place of the data; None: the data"
-    )
-    joined: bool = Field(
-        False,
-        description="a pair's sample lies under the noise that it came from, not under a fresh draw: a reflow's lines, "
-        "learned from with velocity = 'data'",
     )
     dispersive: DispersiveOptions | None = Field(None, description="push features apart within a batch; None: do not")
     steps: tuple[int, ...] = Field((1,), description="step counts that the student serves")
@@ -123,10 +115,6 @@ class MeanFlow(Method):
         if spread is None:
             return Loss.mean(parts)
         return Loss.mean({**parts, "dispersive": spread}, {"dispersive": options.dispersive.weight})
-
-    def pairs(self) -> PairOptions | None:
-        given: PairOptions | None = self.options.pairs
-        return given
 
     def _guess(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond) -> tuple[Tensor, Tensor | None]:
         """The average velocity, and the dispersive term of the features on its way."""

@@ -71,10 +71,6 @@ class Reflow(Method):
         self.defect: Tensor
         self.register_buffer("defect", torch.zeros(()))
 
-    def pairs(self) -> PairOptions:
-        options: PairOptions = self.options.pairs
-        return options
-
     def loss(self, player: str, batch: Batch, rng: Source) -> Loss:
         if batch.target is None:
             raise ValueError("reflow needs pairs: a batch with target")

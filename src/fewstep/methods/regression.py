@@ -63,10 +63,6 @@ class Regression(Method):
                 raise ValueError("flow guidance needs a teacher: give one, or leave out guide")
             self.teacher = seen_on(teacher, student.path)
 
-    def pairs(self) -> PairOptions:
-        options: PairOptions = self.options.pairs
-        return options
-
     def loss(self, player: str, batch: Batch, rng: Source) -> Loss:
         if batch.target is None:
             raise ValueError("regression needs pairs: a batch with target")

@@ -6,11 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..joint import Joint as Joint
-from ..joint import codes as codes
-from ..joint import joined as joined
-from ..joint import label_map as label_map
-from ..joint import nearest as nearest
+from ..joint import label_map
 from ..losses import squared_error
 from ..method import Batch, Loss, Method
 from ..part import Part

@@ -71,10 +71,6 @@ class Trajectory(Method):
                 f"{student.path!r}: leave out student.path"
             )
 
-    def pairs(self) -> PairOptions:
-        options: PairOptions = self.options.pairs
-        return options
-
     def loss(self, player: str, batch: Batch, rng: Source) -> Loss:
         options, student, path = self.options, self.student, self.student.path
         states, times = self._way(batch)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import Refused
 from ..part import Part
+from ..path import column
 from ..registry import task
 from ..rng import Rng
 from .base import Split, Task
@@ -74,11 +75,8 @@ class Ground:
         for wave in self.wave[index].split(AT_ONCE):
             across, down, phase, share = (wave[..., k, None, None] for k in range(4))
             shades.append((share * torch.cos(2 * math.pi * (across * x + down * y) + phase)).sum(1, keepdim=True))
-        return (column(self.mean[index]) + column(self.swing[index]) * torch.cat(shades)).clamp(-1, 1)
-
-
-def column(value: Tensor) -> Tensor:
-    return value[:, None, None, None]
+        grey = torch.cat(shades)
+        return (column(self.mean[index], grey) + column(self.swing[index], grey) * grey).clamp(-1, 1)
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ class Pictures:
     def __getitem__(self, index: Tensor | slice) -> Tensor:
         cover = (self.strokes.rows(index).data + 1) / 2
         ground = self.ground.texture(index, *cover.shape[2:])
-        return (1 - cover) * ground + cover * column(self.ground.ink[index])
+        return (1 - cover) * ground + cover * column(self.ground.ink[index], cover)
 
 
 @dataclass(frozen=True)

@@ -278,10 +278,6 @@ class Matching(Method):
                         value.copy_(now[name])
         return ()
 
-    def pairs(self) -> PairOptions | None:
-        pairs: PairOptions | None = self.options.pairs
-        return pairs
-
     def loss(self, player: str, batch: Batch, rng: Source) -> Loss:
         options = self.options
         if player == "student" and self.step < self._still_steps():
